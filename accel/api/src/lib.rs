@@ -15,10 +15,12 @@
 //! cheaper. There is no interrupt controller with wires here. A machine that has an I/O APIC
 //! models it above this interface and sends [`MsiMessage`]s, which is what the I/O APIC does on the system bus.
 
+mod event;
 mod state;
 
 use std::os::fd::BorrowedFd;
 
+pub use event::EventFd;
 pub use state::{DescriptorTable, LapicState, Msr, Regs, Segment, Sregs, VcpuEvents, VcpuState};
 use thiserror::Error;
 
@@ -178,7 +180,7 @@ pub trait Vcpu: Send {
 
     /// A handle that makes [`run`](Self::run) return soon, even if it is called after the kick.
     /// Must be taken on the thread that will run the vCPU.
-    fn kicker(&self) -> Box<dyn VcpuKick>;
+    fn kicker(&mut self) -> Box<dyn VcpuKick>;
 
     /// Everything the guest can observe of this CPU.
     fn state(&self) -> Result<VcpuState>;
