@@ -1,26 +1,42 @@
 //! Frame of a device back end: a process that serves one virtio device over vhost-user.
 //!
-//! (Interface draft; the implementation of `run` follows.)
+//! A device implements [`Device`] and [`Program`] and calls [`run`] from `main`. The frame parses
+//! the common arguments, enters the jail, speaks vhost-user with the front end, maps guest memory,
+//! checks and starts the virtqueues, and runs the main loop:
+//!
+//! ```text
+//!             open            start_queue            stop_queue
+//!   Program ────────▶ Device ─────────────▶ serving ────────────▶ Device ──▶ …
+//!                       ▲   a front end has set      the front end stops a ring,
+//!                       │   up a ring and enabled it changes memory, or is gone
+//!                       └── reset: the front end has gone or asks for the initial state
+//! ```
+//!
+//! The front end is not trusted with the process's life: a request that makes no sense is refused
+//! or ends the connection, and the process serves the next one.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use vm_memory::GuestMemoryMmap;
+mod args;
+mod host;
+mod jail;
+mod main_loop;
+mod memory;
+mod session;
+mod vring;
 
-/// One started virtqueue, handed to the device. It owns the ring until [`Device::stop_queue`].
-pub struct Vring {
-    /// Number of the queue.
-    pub index: usize,
-    /// The ring; `next_avail` is where the front end said.
-    pub queue: virtio_queue::Queue,
-    /// Guest memory of this moment. A new table restarts all queues.
-    pub memory: Arc<GuestMemoryMmap>,
-    /// Readable when the guest has made descriptors available (an eventfd, non-blocking).
-    pub kick: OwnedFd,
-    /// Written to raise the queue's interrupt (an eventfd); absent while the front end polls.
-    pub call: Option<OwnedFd>,
-    /// virtio features the driver has accepted.
-    pub features: u64,
-}
+pub use args::{About, Common, Mode, inherited_fd};
+pub use host::Host;
+pub use main_loop::run;
+pub use vring::{Chain, RingError, Vring};
+
+/// Reads the command line: what [`Program::option`] gets values from.
+pub use lexopt;
+
+use std::error::Error;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// A descriptor to watch and the token that comes back with its events.
+pub type Watch<'a> = (BorrowedFd<'a>, u64);
 
 /// A virtio device, as its back end process implements it.
 ///
@@ -30,21 +46,71 @@ pub trait Device {
     /// Device-specific virtio feature bits offered. The frame adds VIRTIO_F_VERSION_1,
     /// VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC and the vhost-user ones.
     fn features(&self) -> u64;
-    /// Number of virtqueues.
+
+    /// Number of virtqueues. It never changes.
     fn queue_count(&self) -> usize;
+
     /// Device-specific configuration as it is now.
     fn config(&self) -> Vec<u8>;
-    /// The driver wrote configuration bytes.
+
+    /// The driver wrote configuration bytes; they lie inside [`config`](Self::config).
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
-    /// A ring has been set up, enabled and kicked off.
-    fn start_queue(&mut self, ring: Vring) -> std::io::Result<()>;
-    /// Finish or drop what the ring has in flight, stop using it; returns the next available index.
+
+    /// A ring has been set up and enabled. Its kick is readable from the start, so a device that
+    /// waits for kicks sees what was made available before. An error refuses the request that
+    /// started the ring.
+    fn start_queue(&mut self, ring: Vring) -> io::Result<()>;
+
+    /// Finish or drop what the ring has in flight, stop using it and drop the [`Vring`], which
+    /// keeps guest memory mapped; returns the next available index. Called only for a ring that
+    /// was started.
     fn stop_queue(&mut self, index: usize) -> u16;
+
+    /// Return to the initial state: the front end has gone or has asked for a reset. No ring is
+    /// started.
+    fn reset(&mut self) {}
+
     /// Descriptors the main loop should watch for reading: kicks of rings served on the main
-    /// thread and inputs of the device, each with a token. Asked again after every callback.
-    fn event_fds(&self) -> Vec<(std::os::fd::BorrowedFd<'_>, u64)> {
+    /// thread and inputs of the device, each with a token. Asked again after every callback, so a
+    /// device that cannot take input now leaves it out. A hang-up counts as readable.
+    fn event_fds(&self) -> Vec<Watch<'_>> {
         Vec::new()
     }
-    /// The descriptor with this token is readable.
+
+    /// Descriptors the main loop should watch for writing.
+    fn output_fds(&self) -> Vec<Watch<'_>> {
+        Vec::new()
+    }
+
+    /// The descriptor with this token is ready. May be called when it no longer is: the
+    /// descriptors must be non-blocking.
     fn handle_event(&mut self, _token: u64) {}
+
+    /// Called once, before anything else, with the device's way to the outside.
+    fn attach(&mut self, _host: &Host) {}
+
+    /// The terminal behind the device has a new size, in characters.
+    fn window_size(&mut self, _columns: u16, _rows: u16) {}
+}
+
+/// A device process: its own arguments, and how they become a device.
+pub trait Program: Default {
+    /// The device.
+    type Device: Device;
+
+    /// Name and help text.
+    const ABOUT: About;
+
+    /// Takes the option `--name` of the command line, its value from `parser` if it has one.
+    /// `Ok(false)` says that the device has no such option.
+    fn option(&mut self, name: &str, parser: &mut lexopt::Parser) -> Result<bool, lexopt::Error>;
+
+    /// Whether the process serves vhost-user. A console that serves a byte stream does not.
+    fn serves_vhost_user(&self) -> bool {
+        true
+    }
+
+    /// Opens what is named by path and makes the device. Called before the process enters its
+    /// jail, and must not start threads. The error is shown to the user.
+    fn open(self, common: &Common) -> Result<Self::Device, Box<dyn Error>>;
 }
