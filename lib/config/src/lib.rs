@@ -1,1 +1,26 @@
-//! Placeholder.
+//! What a virtual machine is made of, as its user says it.
+//!
+//! One set of structs is both the TOML file and the command line: [`Config`] and what it
+//! contains. A table of the file can also be written in its short form, the text of the command
+//! line option of the same name ([`keyvalue`]): `cpus = 2`, `console = "file=boot.log"`.
+//!
+//! Values that have a range or a form of their own are types that cannot hold anything else
+//! ([`Within`], [`Size`], [`Id`], …), so an error carries the place where the value stands.
+//! [`Config::resolve`] then fills in every default, applies the slot rules of the machine and
+//! checks what concerns several keys at once; the result is a [`Vm`].
+
+#![forbid(unsafe_code)]
+
+mod config;
+pub mod keyvalue;
+mod short;
+mod value;
+mod vm;
+
+pub use config::{Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Rng, Serial};
+pub use short::{Short, Switch};
+pub use value::{
+    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Machine, MemorySize, OnPanic,
+    OnReboot, Sandbox, SinkType, Size, ValueError, Within,
+};
+pub use vm::{Backend, Device, Invalid, Kind, SerialPort, Sink, Vm};

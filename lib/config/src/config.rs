@@ -1,0 +1,338 @@
+//! The configuration as written: the TOML file, and what the command line adds to it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error as ThisError;
+
+use crate::short::{self, Short, Switch};
+use crate::value::{
+    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Machine, MemorySize, OnPanic,
+    OnReboot, Sandbox, SinkType, Size, Within,
+};
+
+/// Why a configuration file could not be read.
+#[derive(Debug, ThisError)]
+pub enum Error {
+    /// The file could not be opened or is not text.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The text is not a configuration.
+    #[error("{}:{line}: {message}\n    {text}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: usize,
+        /// What was found and what is allowed.
+        message: String,
+        /// The line itself.
+        text: String,
+    },
+}
+
+/// A virtual machine, as its user describes it. Everything but the kernel has a default.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Name of the VM in messages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<Id>,
+    /// The machine and its version.
+    pub machine: Machine,
+    /// What runs the guest's code.
+    #[serde(deserialize_with = "short::table")]
+    pub accel: Accel,
+    /// Virtual CPUs.
+    #[serde(deserialize_with = "short::table")]
+    pub cpus: Cpus,
+    /// Guest memory.
+    #[serde(deserialize_with = "short::table")]
+    pub memory: Memory,
+    /// Kernel image: bzImage or ELF.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; by default it names the consoles that the machine has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<CommandLine>,
+    /// Disks, in the order of their default slots.
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "short::tables"
+    )]
+    pub disk: Vec<Disk>,
+    /// The virtio console; by default it is on standard input and output.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "short::optional_table"
+    )]
+    pub console: Option<Console>,
+    /// The 16550 serial port; by default there is none.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "short::optional_table"
+    )]
+    pub serial: Option<Serial>,
+    /// The virtio entropy source; by default there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rng: Option<Switch<Rng>>,
+    /// The device by which a guest reports that its kernel panicked; by default there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub panic_device: Option<Switch<PanicDevice>>,
+    /// What happens when the guest resets.
+    pub on_reboot: OnReboot,
+    /// What happens when the guest's kernel panics.
+    pub on_panic: OnPanic,
+    /// What a process does that its jail forbids.
+    pub sandbox: Sandbox,
+}
+
+/// What runs the guest's code.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Accel {
+    /// Which accelerator.
+    #[serde(rename = "type")]
+    pub kind: AccelType,
+    /// For `none`: the UNIX socket at which the driver of the machine connects.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// Virtual CPUs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cpus {
+    /// How many.
+    pub count: Within<1, 64>,
+    /// What the guest sees as its CPU.
+    pub model: CpuModel,
+}
+
+impl Default for Cpus {
+    fn default() -> Self {
+        Self {
+            count: Within::min(),
+            model: CpuModel::default(),
+        }
+    }
+}
+
+/// Guest memory.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// How much.
+    pub size: MemorySize,
+}
+
+/// A virtio disk: an image of this host, or a vhost-user-blk back end that already runs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Disk {
+    /// The image: a regular file or a block device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Format of the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// The guest cannot write; several VMs may share the image.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub readonly: bool,
+    /// Name in messages, by default `disk` and the number of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// PCI slot, by default 8 and the number of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Within<1, 31>>,
+    /// Number of virtqueues, by default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<Within<1, 64>>,
+    /// Serial number that the guest sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<DiskSerial>,
+    /// Program to use in place of `anemone-blk`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+    /// UNIX socket of a vhost-user-blk back end that already runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// The virtio console.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Console {
+    /// Where it goes, for the places that need no path.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<SinkType>,
+    /// File to which output is appended; there is no input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// UNIX socket at which one client at a time may connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unix: Option<PathBuf>,
+    /// Name in messages, by default `console`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// PCI slot, by default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Within<1, 31>>,
+    /// Program to use in place of `anemone-console`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+    /// UNIX socket of a vhost-user-console back end that already runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// The 16550 serial port at I/O port 0x3F8.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Serial {
+    /// Where it goes, for the places that need no path.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<SinkType>,
+    /// File to which output is appended; there is no input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// UNIX socket at which one client at a time may connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unix: Option<PathBuf>,
+    /// Name in messages, by default `serial`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// Program to use in place of `anemone-console`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+}
+
+/// The virtio entropy source.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rng {
+    /// Most bytes per second that the guest gets; by default there is no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Size>,
+    /// Name in messages, by default `rng`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// PCI slot, by default 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Within<1, 31>>,
+    /// Program to use in place of `anemone-rng`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+    /// UNIX socket of a vhost-user-rng back end that already runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// The device by which a guest reports that its kernel panicked.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PanicDevice {
+    /// PCI slot, by default 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Within<1, 31>>,
+}
+
+impl Short for Accel {
+    const MAIN_KEY: Option<&'static str> = Some("type");
+}
+impl Short for Cpus {
+    const MAIN_KEY: Option<&'static str> = Some("count");
+}
+impl Short for Memory {
+    const MAIN_KEY: Option<&'static str> = Some("size");
+}
+impl Short for Disk {
+    const MAIN_KEY: Option<&'static str> = Some("path");
+}
+impl Short for Console {
+    const MAIN_KEY: Option<&'static str> = Some("type");
+}
+impl Short for Serial {
+    const MAIN_KEY: Option<&'static str> = Some("type");
+}
+impl Short for Rng {
+    const MAIN_KEY: Option<&'static str> = None;
+}
+impl Short for PanicDevice {
+    const MAIN_KEY: Option<&'static str> = None;
+}
+
+impl Config {
+    /// Reads a TOML file. Relative paths in it start at the folder of the file.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        let text = fs::read_to_string(path).map_err(|source| Error::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let mut config = Self::from_toml(&text, path)?;
+        if let Some(folder) = path.parent() {
+            config.rebase(folder);
+        }
+        Ok(config)
+    }
+
+    /// Reads TOML text; `path` is only for messages.
+    pub fn from_toml(text: &str, path: &Path) -> Result<Self, Error> {
+        toml::from_str(text).map_err(|error| {
+            // An error without a place concerns the file as a whole.
+            let start = error.span().map_or(0, |span| span.start.min(text.len()));
+            let before = &text.as_bytes()[..start];
+            let line = before.iter().filter(|byte| **byte == b'\n').count();
+            Error::Content {
+                path: path.to_owned(),
+                line: line + 1,
+                message: error.message().to_owned(),
+                text: text.lines().nth(line).unwrap_or_default().trim().to_owned(),
+            }
+        })
+    }
+
+    /// The configuration as a TOML file.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string(self)
+    }
+
+    /// Makes relative paths start at `folder`.
+    fn rebase(&mut self, folder: &Path) {
+        let mut paths: Vec<&mut Option<PathBuf>> =
+            vec![&mut self.kernel, &mut self.initrd, &mut self.accel.socket];
+        for disk in &mut self.disk {
+            paths.extend([&mut disk.path, &mut disk.binary, &mut disk.socket]);
+        }
+        if let Some(console) = &mut self.console {
+            paths.extend([
+                &mut console.file,
+                &mut console.unix,
+                &mut console.binary,
+                &mut console.socket,
+            ]);
+        }
+        if let Some(serial) = &mut self.serial {
+            paths.extend([&mut serial.file, &mut serial.unix, &mut serial.binary]);
+        }
+        if let Some(Switch::On(rng)) = &mut self.rng {
+            paths.extend([&mut rng.binary, &mut rng.socket]);
+        }
+        for path in paths.into_iter().flatten() {
+            // An empty path stays what it is, so that it can be refused by its name.
+            if !path.as_os_str().is_empty() {
+                *path = folder.join(&path);
+            }
+        }
+    }
+}

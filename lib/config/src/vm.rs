@@ -1,0 +1,470 @@
+//! The configuration with every default filled in and every rule checked.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::config::{Config, Console, Disk, PanicDevice, Rng};
+use crate::short::Switch;
+use crate::value::{AccelType, CommandLine, Format, Id, SinkType, Size, Within};
+
+/// A configuration that contradicts itself or lacks something.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Invalid {
+    /// Nothing to boot.
+    #[error("`kernel` is missing: it names the kernel image to boot (bzImage or ELF)")]
+    NoKernel,
+    /// A disk without an image.
+    #[error("`{0}`: needs `path` (its image) or `socket` (a back end that already runs)")]
+    NoImage(String),
+    /// A path without a character.
+    #[error("`{0}`: found an empty path")]
+    EmptyPath(String),
+    /// Keys of which only one can be given.
+    #[error("`{owner}`: only one of {keys} is possible")]
+    Conflict {
+        /// Option or device.
+        owner: String,
+        /// The keys in question.
+        keys: &'static str,
+    },
+    /// A key that has no meaning beside another one.
+    #[error("`{owner}`: `{key}` has no meaning {because}")]
+    Meaningless {
+        /// Option or device.
+        owner: String,
+        /// The key.
+        key: &'static str,
+        /// Beside what.
+        because: &'static str,
+    },
+    /// Two devices claim a slot.
+    #[error(
+        "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
+         1 to 31 (by default console 1, rng 2, panic device 3, disks from 8 on)"
+    )]
+    SlotTaken {
+        /// The slot.
+        slot: u16,
+        /// Who has it.
+        first: String,
+        /// Who wants it, too.
+        second: String,
+    },
+    /// More disks than default slots.
+    #[error("disk `{0}`: no default slot is left (disks take 8 to 31); name one with `slot`")]
+    NoSlot(String),
+    /// Two devices have one name.
+    #[error("the id `{0}` is used twice; every device has an id of its own")]
+    IdTaken(String),
+    /// Two devices want standard input.
+    #[error(
+        "`console` and `serial` both use standard input and output; send one of them elsewhere \
+         (pty, file=PATH, unix=PATH) or set it to `none`"
+    )]
+    StdioTaken,
+}
+
+/// A virtual machine that can be built as it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Vm {
+    /// The configuration with all defaults written out. Resolving it again changes nothing.
+    pub config: Config,
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// Kernel command line.
+    pub cmdline: CommandLine,
+    /// virtio devices: the console, the entropy source, the disks.
+    pub devices: Vec<Device>,
+    /// The 16550, where the machine has one.
+    pub serial: Option<SerialPort>,
+    /// Slot of the guest-panic device, where the machine has one.
+    pub panic_slot: Option<u8>,
+}
+
+/// One virtio device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Device {
+    /// Name in messages, unique in the VM.
+    pub id: Id,
+    /// PCI slot on bus 0, unique in the VM.
+    pub slot: u8,
+    /// Number of virtqueues.
+    pub queues: u16,
+    /// Who serves it.
+    pub backend: Backend,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// Who serves a device.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Backend {
+    /// A process that the supervisor starts: its own one, or the program given.
+    Process(Option<PathBuf>),
+    /// A vhost-user back end that listens at this UNIX socket.
+    Socket(PathBuf),
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Kind {
+    /// A disk. The path is absent where the back end is a [`Backend::Socket`].
+    Disk {
+        /// The image.
+        path: Option<PathBuf>,
+        /// The guest cannot write.
+        readonly: bool,
+        /// Serial number that the guest sees.
+        serial: Option<String>,
+    },
+    /// The console. The sink is absent where the back end is a [`Backend::Socket`].
+    Console {
+        /// Where it goes.
+        sink: Option<Sink>,
+    },
+    /// The entropy source.
+    Rng {
+        /// Most bytes per second.
+        rate: Option<Size>,
+    },
+}
+
+impl Kind {
+    /// virtio device type (virtio 1.2, section 5).
+    pub fn device_type(&self) -> u16 {
+        match self {
+            Self::Disk { .. } => 2,
+            Self::Console { .. } => 3,
+            Self::Rng { .. } => 4,
+        }
+    }
+
+    /// Length of the device-specific configuration in bytes: `virtio_blk_config` up to
+    /// `write_zeroes_may_unmap` and its padding (virtio 1.2, 5.2.4), `virtio_console_config`
+    /// (5.3.4), none (5.4.4).
+    pub fn config_size(&self) -> u16 {
+        match self {
+            Self::Disk { .. } => 60,
+            Self::Console { .. } => 12,
+            Self::Rng { .. } => 0,
+        }
+    }
+}
+
+/// The 16550.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SerialPort {
+    /// Name in messages.
+    pub id: Id,
+    /// Program to use in place of the supervisor's own.
+    pub binary: Option<PathBuf>,
+    /// Where it goes.
+    pub sink: Sink,
+}
+
+/// Where the bytes of a console go.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sink {
+    /// Standard input and output of the supervisor.
+    Stdio,
+    /// A new pseudo-terminal.
+    Pty,
+    /// A file that is appended to.
+    File(PathBuf),
+    /// A UNIX socket to listen at.
+    Unix(PathBuf),
+}
+
+const CONSOLE_SLOT: u16 = 1;
+const RNG_SLOT: u16 = 2;
+const PANIC_SLOT: u16 = 3;
+const FIRST_DISK_SLOT: u16 = 8;
+/// Receive and transmit (virtio 1.2, 5.3.2; without VIRTIO_CONSOLE_F_MULTIPORT).
+const CONSOLE_QUEUES: u16 = 2;
+
+impl Config {
+    /// Fills in the defaults and checks the whole.
+    pub fn resolve(mut self) -> Result<Vm, Invalid> {
+        let kernel = self.kernel.clone().ok_or(Invalid::NoKernel)?;
+        refuse_empty("kernel", Some(&kernel))?;
+        refuse_empty("initrd", self.initrd.as_deref())?;
+        refuse_empty("accel.socket", self.accel.socket.as_deref())?;
+        if self.accel.socket.is_some() && self.accel.kind != AccelType::None {
+            return Err(Invalid::Meaningless {
+                owner: "accel".to_owned(),
+                key: "socket",
+                because: "for an accelerator other than `none`",
+            });
+        }
+        let mut names = Names::default();
+        let mut devices = Vec::new();
+        devices.extend(console(self.console.get_or_insert_default(), &mut names)?);
+        let serial = self.serial_port(&mut names)?;
+        if let Switch::On(rng) = self.rng.get_or_insert(Switch::Off) {
+            devices.push(entropy(rng, &mut names)?);
+        }
+        let mut panic_slot = None;
+        let panic_device = self
+            .panic_device
+            .get_or_insert(Switch::On(PanicDevice::default()));
+        if let Switch::On(device) = panic_device {
+            let id = Id::known("panic-device");
+            names.claim_id(&id)?;
+            panic_slot = Some(names.take_slot(&id, &mut device.slot, PANIC_SLOT)?);
+        }
+        for (number, disk) in (0u16..).zip(&mut self.disk) {
+            devices.push(block(disk, number, &mut names)?);
+        }
+        let has_console = devices
+            .iter()
+            .any(|device| matches!(device.kind, Kind::Console { .. }));
+        let on_stdio = devices.iter().any(|device| {
+            device.kind
+                == Kind::Console {
+                    sink: Some(Sink::Stdio),
+                }
+        });
+        if on_stdio && serial.as_ref().is_some_and(|port| port.sink == Sink::Stdio) {
+            return Err(Invalid::StdioTaken);
+        }
+        let cmdline = self
+            .cmdline
+            .get_or_insert_with(|| default_cmdline(has_console, serial.is_some()))
+            .clone();
+        Ok(Vm {
+            config: self,
+            kernel,
+            cmdline,
+            devices,
+            serial,
+            panic_slot,
+        })
+    }
+
+    fn serial_port(&mut self, names: &mut Names) -> Result<Option<SerialPort>, Invalid> {
+        let serial = self.serial.get_or_insert_default();
+        if serial.kind.is_none() && serial.file.is_none() && serial.unix.is_none() {
+            serial.kind = Some(SinkType::None);
+        }
+        let Some(sink) = sink(
+            "serial",
+            serial.kind,
+            serial.file.as_deref(),
+            serial.unix.as_deref(),
+        )?
+        else {
+            return Ok(None);
+        };
+        refuse_empty("serial.binary", serial.binary.as_deref())?;
+        let id = names.take_id(&mut serial.id, "serial")?;
+        Ok(Some(SerialPort {
+            id,
+            binary: serial.binary.clone(),
+            sink,
+        }))
+    }
+}
+
+/// Ids and slots in use.
+#[derive(Default)]
+struct Names {
+    ids: Vec<Id>,
+    slots: HashMap<u16, Id>,
+}
+
+impl Names {
+    fn claim_id(&mut self, id: &Id) -> Result<(), Invalid> {
+        if self.ids.contains(id) {
+            return Err(Invalid::IdTaken(id.to_string()));
+        }
+        self.ids.push(id.clone());
+        Ok(())
+    }
+
+    /// Fills in the default id and claims it.
+    fn take_id(&mut self, id: &mut Option<Id>, default: &str) -> Result<Id, Invalid> {
+        let chosen = id.get_or_insert_with(|| Id::known(default));
+        self.claim_id(chosen)?;
+        Ok(chosen.clone())
+    }
+
+    /// Fills in the default slot and claims it. The result is 1 to 31.
+    fn take_slot(
+        &mut self,
+        id: &Id,
+        slot: &mut Option<Within<1, 31>>,
+        default: u16,
+    ) -> Result<u8, Invalid> {
+        let chosen = match *slot {
+            Some(chosen) => chosen,
+            None => Within::new(default).map_err(|_| Invalid::NoSlot(id.to_string()))?,
+        };
+        *slot = Some(chosen);
+        if let Some(first) = self.slots.insert(chosen.get(), id.clone()) {
+            return Err(Invalid::SlotTaken {
+                slot: chosen.get(),
+                first: first.to_string(),
+                second: id.to_string(),
+            });
+        }
+        Ok(chosen.get() as u8)
+    }
+}
+
+fn refuse_empty(key: &str, path: Option<&Path>) -> Result<(), Invalid> {
+    match path {
+        Some(path) if path.as_os_str().is_empty() => Err(Invalid::EmptyPath(key.to_owned())),
+        _ => Ok(()),
+    }
+}
+
+fn backend(
+    id: &Id,
+    binary: Option<&PathBuf>,
+    socket: Option<&PathBuf>,
+) -> Result<Backend, Invalid> {
+    refuse_empty(&format!("{id}: binary"), binary.map(PathBuf::as_path))?;
+    refuse_empty(&format!("{id}: socket"), socket.map(PathBuf::as_path))?;
+    match (binary, socket) {
+        (Some(_), Some(_)) => Err(Invalid::Conflict {
+            owner: id.to_string(),
+            keys: "`binary` and `socket`",
+        }),
+        (_, Some(socket)) => Ok(Backend::Socket(socket.clone())),
+        (binary, None) => Ok(Backend::Process(binary.cloned())),
+    }
+}
+
+/// Where a console goes; `None` for `none`.
+fn sink(
+    owner: &str,
+    kind: Option<SinkType>,
+    file: Option<&Path>,
+    unix: Option<&Path>,
+) -> Result<Option<Sink>, Invalid> {
+    refuse_empty(&format!("{owner}.file"), file)?;
+    refuse_empty(&format!("{owner}.unix"), unix)?;
+    Ok(match (kind, file, unix) {
+        (Some(SinkType::Stdio) | None, None, None) => Some(Sink::Stdio),
+        (Some(SinkType::Pty), None, None) => Some(Sink::Pty),
+        (Some(SinkType::None), None, None) => None,
+        (None, Some(file), None) => Some(Sink::File(file.to_owned())),
+        (None, None, Some(unix)) => Some(Sink::Unix(unix.to_owned())),
+        _ => {
+            return Err(Invalid::Conflict {
+                owner: owner.to_owned(),
+                keys: "`type` (stdio, pty, none), `file` and `unix`",
+            });
+        }
+    })
+}
+
+fn console(console: &mut Console, names: &mut Names) -> Result<Option<Device>, Invalid> {
+    let target = if console.socket.is_some() {
+        if console.kind.is_some() || console.file.is_some() || console.unix.is_some() {
+            return Err(Invalid::Conflict {
+                owner: "console".to_owned(),
+                keys: "`socket` and `type` (stdio, pty, none), `file`, `unix`",
+            });
+        }
+        None
+    } else {
+        if console.kind.is_none() && console.file.is_none() && console.unix.is_none() {
+            console.kind = Some(SinkType::Stdio);
+        }
+        let target = sink(
+            "console",
+            console.kind,
+            console.file.as_deref(),
+            console.unix.as_deref(),
+        )?;
+        if target.is_none() {
+            return Ok(None);
+        }
+        target
+    };
+    let id = names.take_id(&mut console.id, "console")?;
+    Ok(Some(Device {
+        slot: names.take_slot(&id, &mut console.slot, CONSOLE_SLOT)?,
+        queues: CONSOLE_QUEUES,
+        backend: backend(&id, console.binary.as_ref(), console.socket.as_ref())?,
+        kind: Kind::Console { sink: target },
+        id,
+    }))
+}
+
+fn entropy(rng: &mut Rng, names: &mut Names) -> Result<Device, Invalid> {
+    let id = names.take_id(&mut rng.id, "rng")?;
+    if rng.rate == Some(Size(0)) {
+        return Err(Invalid::Meaningless {
+            owner: id.to_string(),
+            key: "rate",
+            because: "when it is 0; leave it out for no limit",
+        });
+    }
+    if rng.socket.is_some() && rng.rate.is_some() {
+        return Err(Invalid::Meaningless {
+            owner: id.to_string(),
+            key: "rate",
+            because: "beside `socket`: the back end has its own settings",
+        });
+    }
+    Ok(Device {
+        slot: names.take_slot(&id, &mut rng.slot, RNG_SLOT)?,
+        queues: 1,
+        backend: backend(&id, rng.binary.as_ref(), rng.socket.as_ref())?,
+        kind: Kind::Rng { rate: rng.rate },
+        id,
+    })
+}
+
+fn block(disk: &mut Disk, number: u16, names: &mut Names) -> Result<Device, Invalid> {
+    let id = names.take_id(&mut disk.id, &format!("disk{number}"))?;
+    let backend = backend(&id, disk.binary.as_ref(), disk.socket.as_ref())?;
+    if matches!(backend, Backend::Socket(_)) {
+        let own: [(&'static str, bool); 4] = [
+            ("path", disk.path.is_some()),
+            ("format", disk.format.is_some()),
+            ("readonly", disk.readonly),
+            ("serial", disk.serial.is_some()),
+        ];
+        if let Some((key, _)) = own.into_iter().find(|(_, given)| *given) {
+            return Err(Invalid::Meaningless {
+                owner: id.to_string(),
+                key,
+                because: "beside `socket`: the back end has its own settings",
+            });
+        }
+    } else {
+        if disk.path.is_none() {
+            return Err(Invalid::NoImage(id.to_string()));
+        }
+        refuse_empty(&format!("{id}: path"), disk.path.as_deref())?;
+        disk.format = Some(Format::Raw);
+    }
+    let slot = names.take_slot(&id, &mut disk.slot, FIRST_DISK_SLOT.saturating_add(number))?;
+    let queues = *disk.queues.get_or_insert(Within::min());
+    Ok(Device {
+        slot,
+        queues: queues.get(),
+        backend,
+        kind: Kind::Disk {
+            path: disk.path.clone(),
+            readonly: disk.readonly,
+            serial: disk.serial.as_ref().map(ToString::to_string),
+        },
+        id,
+    })
+}
+
+/// Linux writes to all consoles named and gives the last one to init.
+fn default_cmdline(console: bool, serial: bool) -> CommandLine {
+    CommandLine::known(match (serial, console) {
+        (false, false) => "",
+        (true, false) => "console=ttyS0",
+        (false, true) => "console=hvc0",
+        (true, true) => "console=ttyS0 console=hvc0",
+    })
+}

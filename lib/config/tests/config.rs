@@ -1,0 +1,325 @@
+//! The whole configuration: round trips, defaults, and every rule that can be broken.
+
+use std::path::{Path, PathBuf};
+
+use anemone_config::{
+    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Rng, Serial, Short, Sink,
+    SinkType, Size, Switch, Vm, Within,
+};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::from_toml(text, Path::new("VM.toml")).map_err(|error| error.to_string())
+}
+
+fn resolve(text: &str) -> Result<Vm, Invalid> {
+    parse(&format!("kernel = \"bzImage\"\n{text}"))
+        .expect("a configuration of the right form")
+        .resolve()
+}
+
+fn path() -> impl Strategy<Value = PathBuf> {
+    "[ -~äß]{1,12}".prop_map(PathBuf::from)
+}
+
+fn id() -> impl Strategy<Value = Id> {
+    "[a-z0-9][a-zA-Z0-9._-]{0,31}".prop_map(|text| text.parse().expect("the form of an id"))
+}
+
+fn slot() -> impl Strategy<Value = Within<1, 31>> {
+    (1u16..=31).prop_map(|n| Within::new(n).expect("in range"))
+}
+
+prop_compose! {
+    fn disk()(
+        path in option::of(path()), readonly: bool, id in option::of(id()),
+        slot in option::of(slot()), queues in option::of(1u16..=64),
+        serial in option::of("[ -~]{1,20}"), binary in option::of(path()),
+        socket in option::of(path()),
+    ) -> Disk {
+        Disk {
+            path, format: None, readonly, id, slot,
+            queues: queues.map(|n| Within::new(n).expect("in range")),
+            serial: serial.map(|text| text.parse().expect("the form of a serial number")),
+            binary, socket,
+        }
+    }
+}
+
+prop_compose! {
+    fn config()(
+        name in option::of(id()), cpus in 1u16..=64, memory in 16u64..=512,
+        kernel in option::of(path()), cmdline in option::of("[ -~]{0,40}"),
+        disk in vec(disk(), 0..4), file in option::of(path()), slot in option::of(slot()),
+        rate in option::of(any::<u64>()), rng in 0..3, panic_device in 0..3,
+    ) -> Config {
+        Config {
+            name,
+            cpus: Cpus { count: Within::new(cpus).expect("in range"), ..Cpus::default() },
+            memory: anemone_config::Memory {
+                size: Size(memory * (2 << 20)).to_string().parse().expect("in range"),
+            },
+            kernel,
+            cmdline: cmdline.map(|text| text.parse().expect("the form of a command line")),
+            disk,
+            console: Some(Console { file: file.clone(), slot, ..Console::default() }),
+            serial: file.map(|file| Serial { unix: Some(file), ..Serial::default() }),
+            rng: match rng {
+                0 => None,
+                1 => Some(Switch::Off),
+                _ => Some(Switch::On(Rng { rate: rate.map(Size), ..Rng::default() })),
+            },
+            panic_device: match panic_device {
+                0 => None,
+                1 => Some(Switch::Off),
+                _ => Some(Switch::On(PanicDevice { slot })),
+            },
+            ..Config::default()
+        }
+    }
+}
+
+/// A table as the text of its command line option.
+fn key_value(table: &toml::Table) -> String {
+    table
+        .iter()
+        .map(|(key, value)| {
+            let text = match value {
+                toml::Value::String(text) => text.clone(),
+                other => other.to_string(),
+            };
+            format!("{key}={}", text.replace(',', ",,"))
+        })
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+proptest! {
+    #[test]
+    fn toml_round_trip(config in config()) {
+        let text = config.to_toml().expect("TOML can say everything");
+        prop_assert_eq!(parse(&text), Ok(config));
+    }
+
+    #[test]
+    fn key_value_round_trip(disk in disk()) {
+        let table = toml::Table::try_from(&disk).expect("TOML can say everything");
+        let text = key_value(&table);
+        prop_assert_eq!(Disk::from_text(&text), Ok(disk), "{}", text);
+    }
+
+    /// Resolving fills in everything there is to fill in: doing it again changes nothing, also
+    /// by way of the file.
+    #[test]
+    fn resolving_twice_is_resolving_once(config in config()) {
+        if let Ok(vm) = config.resolve() {
+            let text = vm.config.to_toml().expect("TOML can say everything");
+            prop_assert_eq!(parse(&text).expect("own text").resolve(), Ok(vm));
+        }
+    }
+
+    #[test]
+    fn no_text_panics(text in ".*", toml in "[a-z]+ = [\\[\\]{}\",=a-z0-9.\n]*") {
+        let _ = Disk::from_text(&text);
+        let _ = Cpus::from_text(&text);
+        let _ = Switch::<Rng>::from_text(&text);
+        let _ = parse(&text);
+        let _ = parse(&toml);
+    }
+}
+
+#[test]
+fn defaults_of_a_file_that_names_only_the_kernel() {
+    let vm = resolve("").unwrap();
+    assert_eq!(vm.kernel, Path::new("bzImage"));
+    assert_eq!(vm.cmdline.as_str(), "console=hvc0");
+    assert_eq!(vm.config.cpus.count.get(), 1);
+    assert_eq!(vm.config.memory.size.bytes(), 512 << 20);
+    assert_eq!(vm.panic_slot, Some(3));
+    assert_eq!(vm.serial, None);
+    assert_eq!(vm.devices.len(), 1);
+    assert_eq!(vm.devices[0].slot, 1);
+    assert_eq!(
+        vm.devices[0].kind,
+        Kind::Console {
+            sink: Some(Sink::Stdio)
+        }
+    );
+}
+
+#[test]
+fn slots_follow_the_rules_of_the_machine() {
+    let vm = resolve(
+        "rng = true\n\
+         disk = [\"a.img\", \"b.img,slot=20,id=data\", { path = \"c.img\", queues = 4 }]\n\
+         console = \"none\"\nserial = \"pty\"\npanic-device = \"slot=4\"\n",
+    )
+    .unwrap();
+    let got: Vec<_> = vm
+        .devices
+        .iter()
+        .map(|device| (device.id.as_str(), device.slot, device.queues))
+        .collect();
+    // The third disk has the slot of a third disk, whatever the second one chose.
+    assert_eq!(
+        got,
+        [
+            ("rng", 2, 1),
+            ("disk0", 8, 1),
+            ("data", 20, 1),
+            ("disk2", 10, 4)
+        ]
+    );
+    assert_eq!(vm.panic_slot, Some(4));
+    assert_eq!(vm.serial.unwrap().sink, Sink::Pty);
+    assert_eq!(vm.cmdline.as_str(), "console=ttyS0");
+}
+
+#[test]
+fn short_and_long_forms_are_the_same() {
+    let short = parse("cpus = \"2,model=host\"\nmemory = \"1G\"\nconsole = \"file=a.log\"\n");
+    let long =
+        parse("[cpus]\ncount = 2\n[memory]\nsize = \"1024M\"\n[console]\nfile = \"a.log\"\n");
+    assert_eq!(short, long);
+    assert_eq!(parse("cpus = 2").unwrap().cpus.count.get(), 2);
+    assert_eq!(parse("rng = true").unwrap(), parse("[rng]").unwrap());
+    assert_eq!(
+        parse("console = \"pty\"").unwrap().console.unwrap().kind,
+        Some(SinkType::Pty)
+    );
+}
+
+#[test]
+fn a_back_end_that_runs_already() {
+    let vm = resolve("disk = [\"socket=/run/blk.sock,id=x\"]\n").unwrap();
+    assert_eq!(
+        vm.devices[1].backend,
+        Backend::Socket("/run/blk.sock".into())
+    );
+}
+
+#[test]
+fn paths_start_at_the_folder_of_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("VM.toml");
+    std::fs::write(
+        &file,
+        "kernel = \"bzImage\"\ninitrd = \"/boot/initrd\"\ndisk = [\"a.img\"]\n[console]\nfile = \"out\"\n",
+    )
+    .unwrap();
+    let config = Config::from_file(&file).unwrap();
+    assert_eq!(config.kernel, Some(folder.path().join("bzImage")));
+    assert_eq!(config.initrd, Some(PathBuf::from("/boot/initrd")));
+    assert_eq!(config.disk[0].path, Some(folder.path().join("a.img")));
+    assert_eq!(
+        config.console.unwrap().file,
+        Some(folder.path().join("out"))
+    );
+    let missing = Config::from_file(&folder.path().join("no.toml")).unwrap_err();
+    assert!(
+        missing.to_string().contains("no.toml: No such file"),
+        "{missing}"
+    );
+}
+
+#[test]
+fn errors_of_the_file_name_line_found_and_allowed() {
+    for (text, wanted) in [
+        (
+            "cpus = 65",
+            &["VM.toml:1:", "65", "from 1 to 64", "cpus = 65"][..],
+        ),
+        ("[cpus]\ncount = 0", &["VM.toml:2:", "`0`", "from 1 to 64"]),
+        (
+            "name = \"a\"\nkernle = \"x\"",
+            &["VM.toml:2:", "`kernle`", "`kernel`"],
+        ),
+        (
+            "[[disk]]\npath = \"a\"\nformat = \"qcow2\"",
+            &["VM.toml:3:", "qcow2", "`raw`"],
+        ),
+        (
+            "[[disk]]\npath = \"a\"\nslot = 32",
+            &["VM.toml:3:", "32", "from 1 to 31"],
+        ),
+        (
+            "disk = [\"a,colour=red\"]",
+            &["VM.toml:1:", "`colour`", "`readonly`"],
+        ),
+        ("machine = \"pc\"", &["pc", "`virt-1`"]),
+        ("memory = \"31M\"", &["31M", "from 32M to 1T"]),
+        ("memory = 512", &["512", "from 32M to 1T"]),
+        ("accel = \"soft\"", &["soft", "`auto`, `kvm`, `none`"]),
+        ("cpus = \"1,model=486\"", &["486", "`host`"]),
+        (
+            "on-panic = \"explode\"",
+            &["explode", "`stop`, `restart`, `ignore`"],
+        ),
+        ("sandbox = false", &["boolean", "`on`, `log`"]),
+        ("\n\ncpus = [", &["VM.toml:3:"]),
+    ] {
+        let error = parse(text).unwrap_err();
+        for part in wanted {
+            assert!(error.contains(part), "{text}: {error} lacks {part}");
+        }
+    }
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let slot_taken = |slot, first: &str, second: &str| Invalid::SlotTaken {
+        slot,
+        first: first.to_owned(),
+        second: second.to_owned(),
+    };
+    for (text, wanted) in [
+        (
+            "disk = [\"a,slot=9\", \"b\"]",
+            slot_taken(9, "disk0", "disk1"),
+        ),
+        ("disk = [\"a,slot=1\"]", slot_taken(1, "console", "disk0")),
+        ("rng = \"slot=3\"", slot_taken(3, "rng", "panic-device")),
+        (
+            "disk = [\"a,id=x\", \"b,id=x\"]",
+            Invalid::IdTaken("x".to_owned()),
+        ),
+        (
+            "disk = [\"a,id=console\"]",
+            Invalid::IdTaken("console".to_owned()),
+        ),
+        ("serial = \"stdio\"", Invalid::StdioTaken),
+        (
+            "disk = [\"readonly=on\"]",
+            Invalid::NoImage("disk0".to_owned()),
+        ),
+        (
+            "disk = [\"path=\"]",
+            Invalid::EmptyPath("disk0: path".to_owned()),
+        ),
+    ] {
+        assert_eq!(resolve(text).unwrap_err(), wanted, "{text}");
+    }
+    let many = format!("disk = [{}]", "\"a\",".repeat(25));
+    assert_eq!(
+        resolve(&many).unwrap_err(),
+        Invalid::NoSlot("disk24".to_owned())
+    );
+    for text in [
+        "disk = [\"a,socket=b\"]",
+        "disk = [\"socket=b,readonly\"]",
+        "disk = [\"socket=b,binary=c\"]",
+        "console = \"pty,file=a\"",
+        "console = \"stdio,socket=a\"",
+        "console = \"file=\"",
+        "serial = \"file=a,unix=b\"",
+        "accel = \"kvm,socket=a\"",
+        "rng = \"rate=0\"",
+        "rng = \"rate=1M,socket=a\"",
+    ] {
+        let error = resolve(text).unwrap_err().to_string();
+        assert!(error.contains('`'), "{text}: {error}");
+    }
+    assert_eq!(Config::default().resolve(), Err(Invalid::NoKernel));
+}
