@@ -1,0 +1,128 @@
+#!/bin/sh
+# /init of the guests that the tests and the demo boot: a stock kernel and busybox.
+#
+# The kernel command line says what to do, for example
+#     anemone.steps=uname,disk,irqs,poweroff
+# Steps run in order. What happens is told on the console in lines that begin with "guest:";
+# a step that finds something wrong says "guest: FAIL ..." and powers the guest off.
+
+export PATH=/bin
+mount -t proc none /proc
+mount -t sysfs none /sys
+mount -t devtmpfs none /dev 2>/dev/null
+# Kernel messages below "error" would cut our lines in two.
+echo 4 > /proc/sys/kernel/printk
+for module in /modules/*.ko; do
+    insmod "$module" 2>/dev/null || echo "guest: cannot load $module"
+done
+
+# virtio_console may take a moment to appear after its module is loaded.
+console=/dev/console
+if grep -q console=hvc0 /proc/cmdline; then
+    console=/dev/hvc0
+    tries=0
+    while [ ! -c $console ] && [ $tries -lt 50 ]; do
+        usleep 20000
+        tries=$((tries + 1))
+    done
+fi
+exec < $console > $console 2>&1
+
+say() { echo "guest: $*"; }
+
+fail() {
+    say "FAIL $*"
+    sync
+    poweroff -f
+    sleep 60
+}
+
+option() { sed -n "s/.*anemone\.$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
+
+# The host has put random bytes and their SHA-256 on the disk, and looks for what we write.
+step_disk() {
+    mkdir -p /disk
+    mount -t ext4 /dev/vda /disk || fail "cannot mount /dev/vda"
+    (cd /disk && sha256sum -c payload.sha256 > /dev/null) || fail "payload differs"
+    say "payload verified"
+    { cat /disk/token; uname -r; } > /disk/written-by-guest || fail "cannot write"
+    cp /disk/payload /disk/copy || fail "cannot copy"
+    umount /disk || fail "cannot unmount"
+    say "disk written"
+}
+
+# No timer, keyboard, clock or interrupt controller of a PC.
+step_irqs() {
+    sed 's/^/guest: irq /' /proc/interrupts
+    if grep -E 'XT-PIC|i8042|rtc|timer$|parport|floppy|IO-APIC +0-edge' /proc/interrupts; then
+        fail "a legacy device has an interrupt"
+    fi
+    if grep -E 'keyboard|rtc|vga|pic1|pic2|dma1|timer0|fpu' /proc/ioports; then
+        say "kernel reserves some legacy ports by itself"
+    fi
+    say "no legacy interrupt"
+}
+
+step_copy() {
+    dd if=/dev/vda of=/dev/vdb bs=64k conv=fsync 2>/dev/null || fail "cannot copy vda to vdb"
+    say "copied $(sha256sum < /dev/vda | cut -c 1-64)"
+}
+
+step_readonly() {
+    [ "$(cat /sys/block/vda/ro)" = 1 ] || fail "vda is not read-only"
+    if dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null; then
+        fail "a write to a read-only disk has succeeded"
+    fi
+    say "write refused"
+}
+
+# Counts boots on the disk; ends the guest the second time.
+step_boots() {
+    mkdir -p /disk
+    mount -t ext4 /dev/vda /disk || fail "cannot mount /dev/vda"
+    boots=$(($(cat /disk/boots 2>/dev/null || echo 0) + 1))
+    echo $boots > /disk/boots
+    umount /disk
+    say "boot number $boots"
+    [ $boots -lt 2 ] && reboot -f || poweroff -f
+    sleep 60
+}
+
+step_rng() {
+    [ "$(dd if=/dev/hwrng bs=16 count=4 2>/dev/null | wc -c)" -gt 0 ] || fail "no random bytes"
+    say "random bytes from $(cat /sys/class/misc/hw_random/rng_current)"
+}
+
+# Waits until someone presses the power button.
+step_button() {
+    for input in /sys/class/input/input*; do
+        if [ "$(cat "$input/name")" = "Power Button" ]; then
+            event=$(basename "$input"/event*)
+            say "waiting for the power button"
+            # One struct input_event.
+            dd if=/dev/input/"$event" bs=24 count=1 > /dev/null 2>&1
+            say "power button pressed"
+            return
+        fi
+    done
+    fail "no power button"
+}
+
+say "steps $(option steps)"
+for step in $(option steps | tr , ' '); do
+    case $step in
+        uname) say "kernel $(uname -r)" ;;
+        cpus) say "cpus $(nproc)" ;;
+        memory) say "memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo) KiB" ;;
+        panic) say "panic now"; sleep 1; echo c > /proc/sysrq-trigger ;;
+        hold) say "holding"; while :; do sleep 1000; done ;;
+        shell) say "shell"; setsid -c sh -i ;;
+        reboot) say "reboot now"; reboot -f ;;
+        poweroff) say "done"; poweroff -f ;;
+        disk | irqs | copy | readonly | boots | rng | button) "step_$step" ;;
+        *) fail "unknown step $step" ;;
+    esac
+done
+say "done"
+poweroff -f
+sleep 60

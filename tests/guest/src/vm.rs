@@ -1,0 +1,345 @@
+//! A VM under test: `anemone run` as a child, its output, its end.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anemone_guest_init::jail::{self, Process};
+
+use crate::sys;
+
+/// What a scenario says when it fails.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// The user that VMs run as: root is never needed.
+pub const USER: u32 = 1000;
+
+/// Longest that anything may take: an inner boot is slow under emulation.
+pub const PATIENCE: Duration = Duration::from_secs(240);
+
+#[derive(Default)]
+struct Text {
+    text: Mutex<(String, bool)>,
+    changed: Condvar,
+}
+
+impl Text {
+    fn push(&self, line: &str) {
+        let mut guard = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.0.push_str(line);
+        guard.0.push('\n');
+        self.changed.notify_all();
+    }
+
+    fn close(&self) {
+        let mut guard = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.1 = true;
+        self.changed.notify_all();
+    }
+
+    fn snapshot(&self) -> String {
+        let guard = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.0.clone()
+    }
+
+    fn wait_for(&self, wanted: &str, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        let mut guard = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if guard.0.contains(wanted) {
+                return Ok(());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if guard.1 || left.is_zero() {
+                let why = if guard.1 {
+                    "the output ended"
+                } else {
+                    "time ran out"
+                };
+                return Err(format!("{why} before {wanted:?} appeared"));
+            }
+            guard = self
+                .changed
+                .wait_timeout(guard, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+/// Copies lines from `source` to the log and to `text`.
+fn follow(source: impl Read + Send + 'static, text: &Arc<Text>) -> thread::JoinHandle<()> {
+    let text = Arc::clone(text);
+    thread::spawn(move || {
+        let mut source = BufReader::new(source);
+        let mut line = Vec::new();
+        // A pty whose other side has gone reads as an error: the end all the same.
+        while matches!(source.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+            let shown = String::from_utf8_lossy(&line);
+            let shown = shown.trim_end();
+            println!("{shown}");
+            text.push(shown);
+            line.clear();
+        }
+        text.close();
+    })
+}
+
+/// A running VM. Dropping it kills what is left of it.
+pub struct Vm {
+    child: Child,
+    output: Arc<Text>,
+    console: Option<(File, Arc<Text>)>,
+    readers: Vec<thread::JoinHandle<()>>,
+}
+
+impl Vm {
+    /// Starts `anemone run` with the inner guest and `arguments`, as an ordinary user.
+    pub fn start(steps: &str, arguments: &[&str]) -> Result<Self> {
+        Self::start_as(USER, steps, arguments)
+    }
+
+    /// The same as a given user.
+    pub fn start_as(user: u32, steps: &str, arguments: &[&str]) -> Result<Self> {
+        let cmdline = format!("console=hvc0 anemone.steps={steps}");
+        let mut command = run_command(user, &cmdline);
+        if !arguments.contains(&"--console") {
+            command.args(["--console", "stdio"]);
+        }
+        command.args(arguments);
+        Self::spawn(command)
+    }
+
+    /// Starts a command that is a VM.
+    pub fn spawn(mut command: Command) -> Result<Self> {
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        let mut child = command
+            .spawn()
+            .map_err(|e| format!("cannot start anemone: {e}"))?;
+        let output = Arc::new(Text::default());
+        let errors = Arc::clone(&output);
+        let mut readers = Vec::new();
+        readers.extend(child.stdout.take().map(|s| follow(s, &output)));
+        readers.extend(child.stderr.take().map(|s| follow(s, &errors)));
+        Ok(Self {
+            child,
+            output,
+            console: None,
+            readers,
+        })
+    }
+
+    /// Process id of the supervisor.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the guest or a process of the VM has said something.
+    pub fn wait_for(&self, text: &str) -> Result<()> {
+        let source = self.console.as_ref().map_or(&self.output, |c| &c.1);
+        source.wait_for(text, PATIENCE)
+    }
+
+    /// Everything that has been said so far.
+    pub fn said(&self) -> String {
+        let mut all = self.output.snapshot();
+        if let Some((_, text)) = &self.console {
+            all.push_str(&text.snapshot());
+        }
+        all
+    }
+
+    /// Types on the console.
+    pub fn type_text(&mut self, text: &str) -> Result<()> {
+        let result = match (&mut self.console, &mut self.child.stdin) {
+            (Some((file, _)), _) => file.write_all(text.as_bytes()),
+            (None, Some(stdin)) => stdin.write_all(text.as_bytes()),
+            (None, None) => return Err("the console has no input".into()),
+        };
+        result.map_err(|e| format!("cannot type on the console: {e}"))
+    }
+
+    /// Opens the pseudo-terminal that `anemone run --console pty` names.
+    pub fn open_pty(&mut self) -> Result<()> {
+        self.output.wait_for("/dev/pts/", PATIENCE)?;
+        let said = self.output.snapshot();
+        let at = said.find("/dev/pts/").unwrap_or(0);
+        let path: String = said[at..]
+            .chars()
+            .take_while(|c| c.is_ascii_alphanumeric() || *c == '/')
+            .collect();
+        let file = sys::open_raw_terminal(&path).map_err(|e| format!("{path}: {e}"))?;
+        let reader = file.try_clone().map_err(|e| e.to_string())?;
+        let text = Arc::new(Text::default());
+        // The reader ends with the pty, which may be after this VM: it is not waited for.
+        drop(follow(reader, &text));
+        self.console = Some((file, text));
+        Ok(())
+    }
+
+    /// Sends a signal to the supervisor.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        sys::kill(self.pid() as i32, signal).map_err(|e| format!("kill: {e}"))
+    }
+
+    /// The processes of the VM, supervisor first.
+    pub fn processes(&self) -> Vec<Process> {
+        jail::family(self.pid())
+    }
+
+    /// The process that runs `program`.
+    pub fn process(&self, program: &str) -> Result<Process> {
+        self.processes()
+            .into_iter()
+            .find(|p| p.program == program)
+            .ok_or_else(|| format!("no process runs {program}"))
+    }
+
+    /// Waits for the end, which must have this exit code.
+    pub fn expect_exit(&mut self, code: i32) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
+                break status;
+            }
+            if Instant::now() > end {
+                return Err("the VM has not ended".into());
+            }
+            thread::sleep(Duration::from_millis(20));
+        };
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+        match (status.code(), status.signal()) {
+            (Some(got), _) if got == code => Ok(()),
+            (Some(got), _) => Err(format!("exit status {got}, not {code}")),
+            (None, signal) => Err(format!("ended by signal {signal:?}, not by exit {code}")),
+        }
+    }
+
+    /// Everything said must contain these texts, and no failure of the guest's own checks.
+    pub fn expect_said(&self, texts: &[&str]) -> Result<()> {
+        let said = self.said();
+        if let Some(line) = said.lines().find(|l| l.contains("guest: FAIL")) {
+            return Err(line.to_string());
+        }
+        match texts.iter().find(|t| !said.contains(**t)) {
+            Some(text) => Err(format!("{text:?} was not said")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            // The group may hold more than the child; it is the child's own.
+            let _ = sys::kill(-(self.pid() as i32), libc::SIGKILL);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// `anemone run` of the inner guest, for `user`, with a kernel command line of its own.
+pub fn run_command(user: u32, cmdline: &str) -> Command {
+    let mut command = Command::new("/bin/anemone");
+    command
+        .args(["run", "--accel", "kvm", "--memory", "256M"])
+        .args(["--kernel", "/guest/kernel", "--initrd", "/guest/initramfs"])
+        .args(["--cmdline", cmdline])
+        .env_clear()
+        .uid(user)
+        .gid(user)
+        .current_dir("/tmp");
+    command
+}
+
+/// Waits until no process of any VM is left.
+pub fn expect_nothing_left() -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        sys::reap_orphans();
+        let left = jail::named("anemone");
+        if left.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            let names: Vec<_> = left.iter().map(|p| p.program.as_str()).collect();
+            for process in &left {
+                let _ = sys::kill(process.pid as i32, libc::SIGKILL);
+            }
+            return Err(format!("left behind: {}", names.join(", ")));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Makes a file of `sectors` sectors of 512 bytes that belongs to [`USER`], each sector filled
+/// with its number and `seed`.
+pub fn make_disk(path: &str, sectors: u64, seed: u64) -> Result<Vec<u8>> {
+    let mut content = Vec::new();
+    for sector in 0..sectors {
+        for word in 0..64 {
+            let value = (sector << 8 | word).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ seed;
+            content.extend_from_slice(&value.to_le_bytes());
+        }
+    }
+    write_for_user(path, &content)?;
+    Ok(content)
+}
+
+/// Copies a file for [`USER`].
+pub fn copy_disk(from: &str, to: &str) -> Result<()> {
+    let content = std::fs::read(from).map_err(|e| format!("{from}: {e}"))?;
+    write_for_user(to, &content)
+}
+
+fn write_for_user(path: &str, content: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)?;
+        file.write_all(content)?;
+        give_to_user(Path::new(path))
+    };
+    write().map_err(|e: std::io::Error| format!("{path}: {e}"))
+}
+
+/// Makes [`USER`] the owner.
+pub fn give_to_user(path: &Path) -> std::io::Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: a NUL-terminated path.
+    if unsafe { libc::chown(name.as_ptr(), USER, USER) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether a file still has this content.
+pub fn expect_content(path: &str, content: &[u8]) -> Result<()> {
+    let now = std::fs::read(path).map_err(|e| format!("{path}: {e}"))?;
+    if now.len() != content.len() {
+        return Err(format!(
+            "{path} has {} bytes, not {}",
+            now.len(),
+            content.len()
+        ));
+    }
+    match now.iter().zip(content).position(|(a, b)| a != b) {
+        Some(at) => Err(format!("{path} differs at byte {at}")),
+        None => Ok(()),
+    }
+}

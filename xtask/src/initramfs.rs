@@ -1,0 +1,164 @@
+//! The initial RAM file systems: of the guests under test, and of the outer guest of the nested
+//! rig, which holds the product and the former.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cpio::Writer;
+use crate::modules::Modules;
+use crate::packages::Packages;
+use crate::sh;
+
+/// Modules of the guest under test. The console comes first, so that what follows is seen.
+const GUEST_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "virtio_rng",
+    "pvpanic_pci",
+    "button",
+    "evdev",
+];
+
+/// Programs of busybox that the guest's init uses, or that are handy in its shell.
+const APPLETS: &[&str] = &[
+    "awk",
+    "basename",
+    "cat",
+    "clear",
+    "cp",
+    "cut",
+    "date",
+    "dd",
+    "df",
+    "dmesg",
+    "echo",
+    "env",
+    "find",
+    "free",
+    "grep",
+    "head",
+    "hexdump",
+    "insmod",
+    "ls",
+    "lsmod",
+    "mkdir",
+    "mount",
+    "mv",
+    "nproc",
+    "poweroff",
+    "ps",
+    "reboot",
+    "rm",
+    "sed",
+    "setsid",
+    "sh",
+    "sha256sum",
+    "sleep",
+    "sort",
+    "stty",
+    "sync",
+    "tail",
+    "top",
+    "tr",
+    "umount",
+    "uname",
+    "uptime",
+    "usleep",
+    "vi",
+    "wc",
+];
+
+/// A guest that can be booted directly.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Stock Debian kernel.
+    pub kernel: PathBuf,
+    /// busybox, modules and `tests/guest/inner/init.sh`.
+    pub initramfs: PathBuf,
+}
+
+/// Builds the initramfs of the guest under test.
+pub fn guest(packages: &Packages) -> Result<Guest> {
+    let path = sh::build_dir("guest/initramfs.cpio");
+    sh::fresh(&path)?;
+    let mut archive = create(&path)?;
+    archive.character("dev/console", 5, 1)?;
+    for folder in ["proc", "sys"] {
+        archive.folder(folder)?;
+    }
+    put(&mut archive, "bin/busybox", 0o755, &packages.busybox())?;
+    for applet in APPLETS {
+        archive.symlink(&format!("bin/{applet}"), "busybox")?;
+    }
+    let init = sh::root().join("tests/guest/inner/init.sh");
+    put(&mut archive, "init", 0o755, &init)?;
+    put_modules(&mut archive, packages, GUEST_MODULES)?;
+    archive.finish()?;
+    Ok(Guest {
+        kernel: packages.kernel(),
+        initramfs: path,
+    })
+}
+
+/// Modules of the rig's outer guest.
+const OUTER_MODULES: &[&str] = &["kvm_amd", "virtio_pci", "virtio_blk"];
+
+/// Builds the initramfs of the rig's outer guest at `path`: `init` is its first program, `files`
+/// are pairs of a name in it and a file here.
+pub fn outer(
+    path: &Path,
+    packages: &Packages,
+    init: &Path,
+    files: &[(String, PathBuf)],
+) -> Result<()> {
+    sh::fresh(path)?;
+    let mut archive = create(path)?;
+    archive.character("dev/console", 5, 1)?;
+    put(&mut archive, "init", 0o755, init)?;
+    put_modules(&mut archive, packages, OUTER_MODULES)?;
+    archive.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0::/:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n",
+    )?;
+    archive.file("etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")?;
+    for (name, file) in files {
+        put(&mut archive, name, 0o755, file)?;
+    }
+    archive.finish()?;
+    Ok(())
+}
+
+fn create(path: &Path) -> Result<Writer<BufWriter<File>>> {
+    let file = File::create(path).with_context(|| path.display().to_string())?;
+    Ok(Writer::new(BufWriter::new(file)))
+}
+
+fn put(
+    archive: &mut Writer<BufWriter<File>>,
+    name: &str,
+    permissions: u32,
+    file: &Path,
+) -> Result<()> {
+    let content = fs::read(file).with_context(|| file.display().to_string())?;
+    archive.file(name, permissions, &content)?;
+    Ok(())
+}
+
+/// Puts modules under `modules/`, named so that the order of names is the order of loading.
+fn put_modules(
+    archive: &mut Writer<BufWriter<File>>,
+    packages: &Packages,
+    names: &[&str],
+) -> Result<()> {
+    let modules = Modules::scan(&packages.modules())?;
+    for (i, path) in modules.load_order(names)?.iter().enumerate() {
+        let base = path.file_name().unwrap_or_default().to_string_lossy();
+        put(archive, &format!("modules/{i:02}-{base}"), 0o644, path)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,314 @@
+//! The nested rig: a guest of QEMU with an emulated AMD processor whose KVM runs stock kernels,
+//! in which `tests/guest` starts VMs. See docs/testing.md.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use anemone_guest_init::protocol::Line;
+use anyhow::{Context, Result, bail};
+
+use crate::build::{self, Binaries};
+use crate::disk::RootDisk;
+use crate::initramfs;
+use crate::packages::Packages;
+use crate::report::{Outcome, Verdict};
+use crate::sh;
+
+/// Silence after which the outer guest counts as hung. It sends a line every second.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// The scenario whose disk is looked at on the host after the outer guest has ended.
+const DEMO: &str = "demo";
+
+/// An outer guest, ready to boot.
+pub struct Rig<'a> {
+    packages: &'a Packages,
+    runner: PathBuf,
+    initramfs: PathBuf,
+    folder: PathBuf,
+}
+
+impl<'a> Rig<'a> {
+    /// Puts the product (unless only the rig itself is wanted) and the inner guest into an
+    /// initramfs.
+    pub fn prepare(packages: &'a Packages, product: Option<&Binaries>) -> Result<Self> {
+        let runner = build::guest_runner()?;
+        let guest = initramfs::guest(packages)?;
+        let folder = sh::fresh_dir("rig")?;
+        let template = RootDisk::make(packages, &folder.join("template.img"))?;
+        let mut files = vec![
+            ("guest/kernel".to_string(), guest.kernel),
+            ("guest/initramfs".to_string(), guest.initramfs),
+            ("guest/root.img".to_string(), template.image),
+        ];
+        for (name, path) in packages.with_libraries("qemu-storage-daemon")? {
+            files.push((format!("qsd/{name}"), path));
+        }
+        for (name, path) in product.iter().flat_map(|p| p.iter()) {
+            files.push((format!("bin/{name}"), path));
+        }
+        let initramfs = folder.join("outer.cpio");
+        initramfs::outer(&initramfs, packages, &runner, &files)?;
+        Ok(Self {
+            packages,
+            runner,
+            initramfs,
+            folder,
+        })
+    }
+
+    /// Names of all scenarios with what they show.
+    pub fn scenarios(&self) -> Result<Vec<(String, String)>> {
+        scenarios(&self.runner)
+    }
+
+    /// Runs scenarios, in one outer boot if none hangs. Logs of what failed stay in
+    /// `build/logs/rig`.
+    pub fn run(&self, names: &[String]) -> Result<Vec<Outcome>> {
+        let logs = sh::build_dir("logs/rig");
+        fs::create_dir_all(&logs)?;
+        let mut outcomes = Vec::new();
+        let mut left = names.to_vec();
+        let mut boots_without_result = 0;
+        while !left.is_empty() {
+            let mut boot = Boot::start(self, &left, &logs)?;
+            let hung = boot.follow()?;
+            let finished: BTreeSet<String> = boot.outcomes.iter().map(|o| o.name.clone()).collect();
+            left.retain(|name| !finished.contains(name));
+            boots_without_result = if finished.is_empty() {
+                boots_without_result + 1
+            } else {
+                0
+            };
+            outcomes.append(&mut boot.outcomes);
+            if left.is_empty() {
+                break;
+            }
+            if boots_without_result == 2 {
+                for name in left.drain(..) {
+                    let why = format!("the outer guest hung twice; see {}", logs.display());
+                    outcomes.push(Outcome::new(&name, Verdict::Failed(why)));
+                }
+                break;
+            }
+            sh::progress(format_args!(
+                "{}; starting it again for {}",
+                hung.unwrap_or_else(|| "the outer guest ended early".into()),
+                left.join(", ")
+            ));
+        }
+        Ok(outcomes)
+    }
+
+    /// Runs the demonstration's guest with its console on this terminal.
+    pub fn interactive(&self) -> Result<()> {
+        let disk = RootDisk::make(self.packages, &self.folder.join("root.img"))?;
+        let mut command = self.qemu(&disk.image, "rig.interactive quiet")?;
+        let console = self.folder.join("outer.log");
+        command
+            .arg("-chardev")
+            .arg("stdio,id=terminal,signal=off")
+            .args(["-serial", "chardev:terminal"])
+            .arg("-serial")
+            .arg(format!("file:{}", console.display()));
+        sh::run(&mut command)
+    }
+
+    fn qemu(&self, disk: &Path, cmdline: &str) -> Result<Command> {
+        let console = if cmdline.contains("rig.interactive") {
+            "ttyS1"
+        } else {
+            "ttyS0"
+        };
+        let mut command = self.packages.qemu()?;
+        command
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm"])
+            .args(["-M", "q35", "-smp", "2", "-m", "2048"])
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none"])
+            .arg("-kernel")
+            .arg(self.packages.kernel())
+            .arg("-initrd")
+            .arg(&self.initramfs)
+            .arg("-append")
+            .arg(format!("console={console} panic=-1 {cmdline}"))
+            .arg("-drive")
+            .arg(format!("if=virtio,format=raw,file={}", disk.display()));
+        Ok(command)
+    }
+}
+
+/// Names of all scenarios with what they show, as the runner lists them.
+pub fn scenarios(runner: &Path) -> Result<Vec<(String, String)>> {
+    let listing = sh::quiet(Command::new(runner).arg("--list"))?;
+    Ok(String::from_utf8_lossy(&listing.stdout)
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(name, about)| (name.to_string(), about.to_string()))
+        .collect())
+}
+
+/// One boot of the outer guest.
+struct Boot<'a> {
+    rig: &'a Rig<'a>,
+    qemu: sh::Guarded,
+    lines: mpsc::Receiver<String>,
+    disk: RootDisk,
+    logs: &'a Path,
+    running: Option<(String, File)>,
+    outcomes: Vec<Outcome>,
+}
+
+impl<'a> Boot<'a> {
+    fn start(rig: &'a Rig<'a>, names: &[String], logs: &'a Path) -> Result<Self> {
+        let disk = RootDisk::make(rig.packages, &rig.folder.join("root.img"))?;
+        let cmdline = format!("rig.run={}", names.join(","));
+        let mut command = rig.qemu(&disk.image, &cmdline)?;
+        let mut qemu: Child = command
+            .arg("-serial")
+            .arg(format!("file:{}", logs.join("outer-console.log").display()))
+            .args([
+                "-chardev",
+                "stdio,id=lines,signal=off",
+                "-serial",
+                "chardev:lines",
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(logs.join("qemu.log"))?)
+            .process_group(0)
+            .spawn()
+            .context("cannot start QEMU")?;
+        let output = qemu.stdout.take().context("QEMU has no output")?;
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let mut reader = BufReader::new(output);
+            let mut line = Vec::new();
+            while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+                let text = String::from_utf8_lossy(&line).trim_end().to_string();
+                if sender.send(text).is_err() {
+                    return;
+                }
+                line.clear();
+            }
+        });
+        sh::progress(format_args!(
+            "outer guest boots for {} scenarios",
+            names.len()
+        ));
+        Ok(Self {
+            rig,
+            qemu: sh::Guarded(qemu),
+            lines,
+            disk,
+            logs,
+            running: None,
+            outcomes: Vec::new(),
+        })
+    }
+
+    /// Reads what the outer guest says until it ends. Returns why it was ended from outside, if
+    /// it was.
+    fn follow(&mut self) -> Result<Option<String>> {
+        loop {
+            match self.lines.recv_timeout(SILENCE) {
+                Ok(text) => {
+                    if self.line(&text)? {
+                        break;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    sh::kill_group(&self.qemu.0);
+                    return Ok(Some(format!(
+                        "the outer guest has been silent for {SILENCE:?} {}",
+                        self.place()
+                    )));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Ok(Some(format!("the outer guest ended {}", self.place())));
+                }
+            }
+        }
+        if sh::wait_limited(&mut self.qemu.0, SILENCE)?.is_none() {
+            // Every verdict is there; only the power-off hangs.
+            sh::kill_group(&self.qemu.0);
+        }
+        self.verify_demo();
+        Ok(None)
+    }
+
+    fn place(&self) -> String {
+        match &self.running {
+            Some((name, _)) => format!("in scenario {name}"),
+            None => "while it booted".to_string(),
+        }
+    }
+
+    /// Takes one line; returns whether it was the last.
+    fn line(&mut self, text: &str) -> Result<bool> {
+        match Line::parse(text) {
+            Line::Tick => {}
+            Line::End => return Ok(true),
+            Line::Begin(name) => {
+                let log = File::create(self.logs.join(format!("{name}.log")))?;
+                sh::progress(format_args!("  {name} ..."));
+                self.running = Some((name, log));
+            }
+            Line::Pass(name, millis) => {
+                sh::progress(format_args!(
+                    "  {name} passed ({:.1} s)",
+                    millis as f64 / 1e3
+                ));
+                self.finish(&name, Verdict::Passed);
+            }
+            Line::Fail(name, why) => {
+                sh::progress(format_args!("  {name} FAILED: {why}"));
+                self.finish(&name, Verdict::Failed(why));
+            }
+            Line::Log(text) => {
+                if let Some((_, log)) = &mut self.running {
+                    writeln!(log, "{text}")?;
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn finish(&mut self, name: &str, verdict: Verdict) {
+        self.running = None;
+        self.outcomes.push(Outcome::new(name, verdict));
+    }
+
+    /// The host's part of the demonstration.
+    fn verify_demo(&mut self) {
+        for outcome in &mut self.outcomes {
+            if outcome.name == DEMO && outcome.verdict == Verdict::Passed {
+                if let Err(error) = self.disk.verify(self.rig.packages) {
+                    outcome.verdict = Verdict::Failed(format!("{error:#}"));
+                }
+            }
+        }
+    }
+}
+
+/// The names of scenarios to run for a `vm-kvm` or `vm-kvm:NAME` request.
+pub fn select(all: &[(String, String)], wanted: &[String]) -> Result<Vec<String>> {
+    for name in wanted {
+        if !all.iter().any(|(known, _)| known == name) {
+            let known: Vec<_> = all.iter().map(|(n, _)| n.as_str()).collect();
+            bail!("no scenario {name}; there are {}", known.join(", "));
+        }
+    }
+    Ok(all
+        .iter()
+        .map(|(name, _)| name.clone())
+        .filter(|name| wanted.is_empty() || wanted.contains(name))
+        .collect())
+}

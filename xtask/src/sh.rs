@@ -1,0 +1,190 @@
+//! Running other programs: progress lines, time limits, captured output.
+
+use std::fmt::Display;
+use std::fs;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// Root of the checkout.
+pub fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// A path under the build folder, which holds everything xtask makes.
+pub fn build_dir(sub: &str) -> PathBuf {
+    root().join("build").join(sub)
+}
+
+/// Says what is going on, on standard error.
+pub fn progress(what: impl Display) {
+    eprintln!("xtask: {what}");
+}
+
+/// Whether this process may do what root may.
+pub fn is_root() -> bool {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// A command as the user would type it.
+pub fn display(command: &Command) -> String {
+    let mut text = command.get_program().to_string_lossy().into_owned();
+    for arg in command.get_args() {
+        text.push(' ');
+        text.push_str(&arg.to_string_lossy());
+    }
+    text
+}
+
+/// Runs a command with inherited output; a failure is an error.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {}", display(command)))?;
+    if !status.success() {
+        bail!("{} failed: {status}", display(command));
+    }
+    Ok(())
+}
+
+/// Runs a command quietly; a failure is an error that carries what it wrote.
+pub fn quiet(command: &mut Command) -> Result<Output> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start {}", display(command)))?;
+    if !output.status.success() {
+        bail!(
+            "{} failed: {}\n{}{}",
+            display(command),
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(output)
+}
+
+/// What a program did that was given a time limit.
+#[derive(Debug)]
+pub struct Finished {
+    /// Exit status; absent if the limit ended it.
+    pub status: Option<ExitStatus>,
+    /// Standard output and standard error, each whole, lossily decoded.
+    pub output: String,
+}
+
+impl Finished {
+    /// Exit code, if the program ended by itself.
+    pub fn code(&self) -> Option<i32> {
+        self.status.and_then(|s| s.code())
+    }
+}
+
+/// Runs a command in a process group of its own, which is killed after `limit`.
+pub fn run_limited(command: &mut Command, limit: Duration) -> Result<Finished> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", display(command)))?;
+    let out = drain(child.stdout.take());
+    let err = drain(child.stderr.take());
+    let status = wait_limited(&mut child, limit)?;
+    if status.is_none() {
+        kill_group(&child);
+        child.wait()?;
+    }
+    let mut output = out.join().unwrap_or_default();
+    output.push_str(&err.join().unwrap_or_default());
+    Ok(Finished { status, output })
+}
+
+/// Waits for a child; `None` if it still runs after `limit`.
+pub fn wait_limited(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= end {
+            return Ok(None);
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Kills the process group that a child leads.
+pub fn kill_group(child: &Child) {
+    // A process id always fits; the group is the child's own.
+    // SAFETY: plain system call without pointers.
+    unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
+}
+
+/// Ends a child and collects it, if it is dropped before it has ended by itself.
+#[derive(Debug)]
+pub struct Guarded(pub Child);
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            kill_group(&self.0);
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+/// Waits until `path` exists.
+pub fn wait_for_path(path: &Path, limit: Duration) -> Result<()> {
+    let end = Instant::now() + limit;
+    while !path.exists() {
+        if Instant::now() > end {
+            bail!("{} has not appeared after {limit:?}", path.display());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Removes a file or folder, if it is there, and makes the folder above it.
+pub fn fresh(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        fs::remove_dir_all(path).with_context(|| path.display().to_string())?;
+    } else if path.exists() {
+        fs::remove_file(path).with_context(|| path.display().to_string())?;
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// A path under the build folder, made empty.
+pub fn fresh_dir(sub: &str) -> Result<PathBuf> {
+    let path = build_dir(sub);
+    fresh(&path)?;
+    fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+    Ok(path)
+}
+
+fn drain<R: Read + Send + 'static>(source: Option<R>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut source) = source {
+            // A read error ends the text; what came before is still worth showing.
+            let _ = source.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
