@@ -123,8 +123,8 @@ pub(crate) fn parse<P: Program>(
             "sandbox" => common.sandbox = parser.value()?.parse()?,
             "log-level" => common.log_level = parser.value()?.parse_with(log_level)?,
             "parent-pid" => common.parent_pid = Some(parser.value()?.parse()?),
-            "control-fd" => common.control = Some(parser.value()?.parse_with(inherited_fd_text)?),
-            "fd" => common.connection = Some(parser.value()?.parse_with(inherited_fd_text)?),
+            "control-fd" => common.control = Some(parser.value()?.parse_with(parse_fd)?),
+            "fd" => common.connection = Some(parser.value()?.parse_with(parse_fd)?),
             _ => {
                 if !program.option(&name, &mut parser)? {
                     return Err(Arg::Long(&name).unexpected());
@@ -187,7 +187,11 @@ pub fn inherited_fd(number: RawFd) -> Result<OwnedFd, InheritedFdError> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-fn inherited_fd_text(text: &str) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
+/// [`inherited_fd`] for the value of an option, as [`ValueExt::parse_with`] wants it.
+///
+/// # Errors
+/// As for [`inherited_fd`], or the text is not a number.
+pub fn parse_fd(text: &str) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
     Ok(inherited_fd(text.parse()?)?)
 }
 

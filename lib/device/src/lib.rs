@@ -23,7 +23,7 @@ mod memory;
 mod session;
 mod vring;
 
-pub use args::{About, Common, Mode, inherited_fd};
+pub use args::{About, Common, Mode, inherited_fd, parse_fd};
 pub use host::Host;
 pub use main_loop::run;
 pub use vring::{Chain, RingError, Vring};
