@@ -1,0 +1,167 @@
+//! Installing filters, and the report of a call that one of them denies.
+
+use std::io;
+use std::mem;
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use crate::filter::{Call, Filter, Instruction};
+use crate::report::{Denied, ThreadName};
+use crate::{Error, Mode, monitor};
+
+/// The policies of this process by their index, for the report.
+static POLICIES: [AtomicPtr<Filter>; 16] = [const { AtomicPtr::new(ptr::null_mut()) }; 16];
+
+/// `si_code` of a SIGSYS that a filter has raised (asm-generic/siginfo.h).
+const SYS_SECCOMP: i32 = 1;
+
+/// The start of `siginfo_t` for SIGSYS on 64-bit machines (asm-generic/siginfo.h).
+#[repr(C)]
+struct SigsysInfo {
+    signal: i32,
+    /// The data of the filter's trap action: the policy's index.
+    errno: i32,
+    code: i32,
+    padding: i32,
+    call_address: u64,
+    number: i32,
+    architecture: u32,
+}
+
+/// Restricts the calling thread, and threads and processes it starts later, to `filter`.
+/// A second filter restricts further: what one denies stays denied.
+///
+/// A denied call is reported on standard error, then the process dies by SIGSYS. The report
+/// needs a thread that does not block SIGSYS; one that does dies without it. With
+/// [`Mode::Log`] the call is reported and carried out.
+///
+/// # Errors
+/// [`Error::Seccomp`] where the kernel cannot filter system calls.
+pub fn restrict(filter: &'static Filter, mode: Mode) -> Result<(), Error> {
+    match mode {
+        Mode::On => {
+            install_reporter();
+            if let Some(slot) = POLICIES.get(usize::from(filter.index)) {
+                slot.store(ptr::from_ref(filter).cast_mut(), Ordering::Release);
+            }
+            install(filter.program, 0).map_err(Error::Seccomp)?;
+            Ok(())
+        }
+        Mode::Log => monitor::restrict(filter),
+    }
+}
+
+/// Installs a program for the calling thread; returns what the system call does.
+pub(crate) fn install(program: &[Instruction], flags: libc::c_ulong) -> io::Result<i32> {
+    let description = libc::sock_fprog {
+        // A longer program is refused for its other length.
+        len: program.len() as u16,
+        filter: program.as_ptr().cast_mut(),
+    };
+    let attempt = || {
+        // SAFETY: the description and the program it points at outlive the call, which only
+        // reads them.
+        unsafe {
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                flags,
+                &raw const description,
+            )
+        }
+    };
+    let mut result = attempt();
+    if result < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EACCES) {
+        // Only a thread that can never gain privileges may filter itself.
+        // SAFETY: integers only.
+        unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        result = attempt();
+    }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as i32)
+    }
+}
+
+fn install_reporter() {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(|| {
+        // SAFETY: an all-zero sigaction is valid; the handler is async-signal-safe. The call
+        // cannot fail for this signal.
+        unsafe {
+            let mut action: libc::sigaction = mem::zeroed();
+            action.sa_sigaction = on_sigsys as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut());
+        }
+    });
+}
+
+/// Reports the call and lets the signal take its course.
+extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes both to a handler with SA_SIGINFO, and for SIGSYS the
+    // information has this layout.
+    let (info, registers) = unsafe {
+        let context: *const libc::ucontext_t = context.cast();
+        (&*info.cast::<SigsysInfo>(), &(*context).uc_mcontext.gregs)
+    };
+    if info.code == SYS_SECCOMP {
+        let argument = |register: libc::c_int| registers[register as usize] as u64;
+        let call = Call {
+            number: info.number as u32,
+            architecture: info.architecture,
+            instruction_pointer: info.call_address,
+            // The convention of the 64-bit table (arch/x86/entry/entry_64.S).
+            arguments: [
+                argument(libc::REG_RDI),
+                argument(libc::REG_RSI),
+                argument(libc::REG_RDX),
+                argument(libc::REG_R10),
+                argument(libc::REG_R8),
+                argument(libc::REG_R9),
+            ],
+        };
+        // SAFETY: the table holds null or pointers from static references.
+        let policy = usize::try_from(info.errno)
+            .ok()
+            .and_then(|i| POLICIES.get(i))
+            .and_then(|slot| unsafe { slot.load(Ordering::Acquire).as_ref() })
+            .map_or("?", |filter| filter.name);
+        Denied {
+            process: process_id(),
+            thread: thread_id(),
+            thread_name: thread_name(),
+            call,
+            policy,
+            let_through: None,
+        }
+        .print();
+    }
+    // SAFETY: integers only. With the default action back and SIGSYS blocked until this handler
+    // returns, every way on ends by SIGSYS: the signal sent here, or the denial of one of these
+    // calls.
+    unsafe {
+        libc::signal(libc::SIGSYS, libc::SIG_DFL);
+        libc::syscall(libc::SYS_tgkill, process_id(), thread_id(), libc::SIGSYS);
+    }
+}
+
+fn process_id() -> i32 {
+    // SAFETY: no arguments.
+    unsafe { libc::getpid() }
+}
+
+pub(crate) fn thread_id() -> i32 {
+    // SAFETY: no arguments.
+    unsafe { libc::gettid() }
+}
+
+/// The name of the calling thread.
+pub(crate) fn thread_name() -> ThreadName {
+    let mut name = [0u8; 16];
+    // SAFETY: the kernel writes at most 16 bytes, with a NUL.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    ThreadName(name)
+}
