@@ -86,8 +86,8 @@ pub struct Tables {
 /// memory there must be kept from the guest (`Acpi` or `Reserved` in its memory map). The RSDP
 /// need not be below 1 MiB: it is passed to the kernel by its boot protocol.
 ///
-/// Their size does not depend on `address`, and grows with the CPUs by 46 bytes each: 1.3 KiB for
-/// one, 4.2 KiB for 64.
+/// Their size does not depend on `address`, and grows with the CPUs by about 44 bytes each: 1.3 KiB for
+/// one, 4 KiB for 64.
 pub fn build(config: &AcpiConfig, address: u64) -> Tables {
     check(config, address);
 
