@@ -2,10 +2,12 @@
 
 use std::io;
 use std::num::NonZeroU32;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-/// Longest and shortest sleep between two looks at an empty bucket.
+use anemone_device::Timer;
+
+/// Sleep before another look at an empty bucket.
 const NAP: Duration = Duration::from_millis(100);
 
 /// Bytes that may be given away, and a timer that says when to look again.
@@ -15,26 +17,17 @@ pub struct Bucket {
     tokens: u64,
     /// Up to when tokens have been filled in.
     filled: Instant,
-    timer: OwnedFd,
-    waiting: bool,
+    timer: Timer,
 }
 
 impl Bucket {
     /// A full bucket of `rate` bytes per second.
     pub fn new(rate: NonZeroU32) -> io::Result<Self> {
-        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(Self {
             rate: rate.get().into(),
             tokens: rate.get().into(),
             filled: Instant::now(),
-            // SAFETY: a new descriptor that nothing else owns.
-            timer: unsafe { OwnedFd::from_raw_fd(fd) },
-            waiting: false,
+            timer: Timer::new()?,
         })
     }
 
@@ -62,40 +55,17 @@ impl Bucket {
 
     /// Starts the timer.
     pub fn wait(&mut self) -> io::Result<()> {
-        let time = libc::itimerspec {
-            it_interval: libc::timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            },
-            it_value: libc::timespec {
-                tv_sec: 0,
-                tv_nsec: i64::from(NAP.subsec_nanos()),
-            },
-        };
-        let old = std::ptr::null_mut();
-        // SAFETY: `time` outlives the call; the old value is not asked for.
-        let rc = unsafe { libc::timerfd_settime(self.timer.as_raw_fd(), 0, &raw const time, old) };
-        if rc < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        self.waiting = true;
-        Ok(())
+        self.timer.set(NAP)
     }
 
     /// The timer, while it runs.
     pub fn timer(&self) -> Option<BorrowedFd<'_>> {
-        self.waiting.then(|| self.timer.as_fd())
+        self.timer.watch()
     }
 
-    /// The timer may have run out; true if it has.
+    /// Whether the timer has run out.
     pub fn take_timer(&mut self) -> bool {
-        let mut count = [0u8; 8];
-        // SAFETY: the buffer is 8 bytes long and outlives the call.
-        let n = unsafe { libc::read(self.timer.as_raw_fd(), count.as_mut_ptr().cast(), 8) };
-        if n == 8 {
-            self.waiting = false;
-        }
-        n == 8
+        self.timer.expired()
     }
 }
 

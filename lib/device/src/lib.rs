@@ -21,11 +21,13 @@ mod jail;
 mod main_loop;
 mod memory;
 mod session;
+mod timer;
 mod vring;
 
 pub use args::{About, Common, Mode, inherited_fd, parse_fd};
 pub use host::Host;
-pub use main_loop::run;
+pub use main_loop::{listen, run};
+pub use timer::Timer;
 pub use vring::{Chain, RingError, Vring};
 
 /// Reads the command line: what [`Program::option`] gets values from.

@@ -101,7 +101,10 @@ fn open<P: Program>(
 }
 
 /// Listens at `path`, in place of a socket that nobody listens at any more.
-fn listen(path: &Path) -> io::Result<UnixListener> {
+///
+/// # Errors
+/// Another process listens there, or the socket cannot be made.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
