@@ -289,10 +289,11 @@ impl<'a> Boot<'a> {
     /// The host's part of the demonstration.
     fn verify_demo(&mut self) {
         for outcome in &mut self.outcomes {
-            if outcome.name == DEMO && outcome.verdict == Verdict::Passed {
-                if let Err(error) = self.disk.verify(self.rig.packages) {
-                    outcome.verdict = Verdict::Failed(format!("{error:#}"));
-                }
+            if outcome.name == DEMO
+                && outcome.verdict == Verdict::Passed
+                && let Err(error) = self.disk.verify(self.rig.packages)
+            {
+                outcome.verdict = Verdict::Failed(format!("{error:#}"));
             }
         }
     }

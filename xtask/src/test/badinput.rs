@@ -1,0 +1,370 @@
+//! What a user can get wrong: each case must end with exit status 2 before anything has started,
+//! with a message that names what is wrong, and leave no process behind.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anemone_guest_init::jail;
+use anyhow::{Result, bail, ensure};
+
+use crate::build::Binaries;
+use crate::report::Outcome;
+use crate::{sh, tiny};
+
+use super::Context;
+
+/// One case: name, arguments of `anemone run`, and words of which the message must hold one.
+/// `DIR` stands for the folder of the files below.
+struct Case {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    words: &'static [&'static str],
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "no kernel",
+        arguments: &["--memory", "128M"],
+        words: &["kernel"],
+    },
+    Case {
+        name: "kernel does not exist",
+        arguments: &["--kernel", "DIR/absent"],
+        words: &["absent"],
+    },
+    Case {
+        name: "kernel is a folder",
+        arguments: &["--kernel", "DIR"],
+        words: &["kernel", "directory", "regular"],
+    },
+    Case {
+        name: "kernel is empty",
+        arguments: &["--kernel", "DIR/empty"],
+        words: &["empty", "kernel", "short"],
+    },
+    Case {
+        name: "kernel is noise",
+        arguments: &["--kernel", "DIR/noise"],
+        words: &["kernel", "format"],
+    },
+    Case {
+        name: "truncated ELF",
+        arguments: &["--kernel", "DIR/short.elf"],
+        words: &["ELF", "truncated", "end"],
+    },
+    Case {
+        name: "truncated bzImage",
+        arguments: &["--kernel", "DIR/short.bzimage"],
+        words: &["bzImage", "truncated", "end"],
+    },
+    Case {
+        name: "initramfs does not exist",
+        arguments: &["--kernel", "DIR/tiny.elf", "--initrd", "DIR/absent"],
+        words: &["absent"],
+    },
+    Case {
+        name: "initramfs larger than memory",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--initrd",
+            "DIR/large",
+            "--memory",
+            "64M",
+        ],
+        words: &["memory"],
+    },
+    Case {
+        name: "memory too small",
+        arguments: &["--kernel", "DIR/tiny.elf", "--memory", "1M"],
+        words: &["memory"],
+    },
+    Case {
+        name: "memory is not a size",
+        arguments: &["--kernel", "DIR/tiny.elf", "--memory", "much"],
+        words: &["much"],
+    },
+    Case {
+        name: "no vCPU",
+        arguments: &["--kernel", "DIR/tiny.elf", "--cpus", "0"],
+        words: &["cpu", "CPU"],
+    },
+    Case {
+        name: "too many vCPUs",
+        arguments: &["--kernel", "DIR/tiny.elf", "--cpus", "65"],
+        words: &["64"],
+    },
+    Case {
+        name: "unknown option",
+        arguments: &["--kernel", "DIR/tiny.elf", "--floppy", "a"],
+        words: &["floppy"],
+    },
+    Case {
+        name: "unknown key of a disk",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--disk",
+            "path=DIR/disk,colour=red",
+        ],
+        words: &["colour"],
+    },
+    Case {
+        name: "unknown disk format",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--disk",
+            "path=DIR/disk,format=floppy",
+        ],
+        words: &["floppy"],
+    },
+    Case {
+        name: "unknown machine",
+        arguments: &["--kernel", "DIR/tiny.elf", "--machine", "pc"],
+        words: &["virt-1"],
+    },
+    Case {
+        name: "unknown accelerator",
+        arguments: &["--kernel", "DIR/tiny.elf", "--accel", "magic"],
+        words: &["magic"],
+    },
+    Case {
+        name: "two devices in one slot",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--disk",
+            "path=DIR/disk,slot=9",
+            "--disk",
+            "path=DIR/other,slot=9",
+        ],
+        words: &["slot"],
+    },
+    Case {
+        name: "two devices of one name",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--disk",
+            "path=DIR/disk,id=same",
+            "--disk",
+            "path=DIR/other,id=same",
+        ],
+        words: &["same"],
+    },
+    Case {
+        name: "slot out of range",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--disk",
+            "path=DIR/disk,slot=32",
+        ],
+        words: &["slot", "32"],
+    },
+    Case {
+        name: "disk does not exist",
+        arguments: &["--kernel", "DIR/tiny.elf", "--disk", "path=DIR/absent"],
+        words: &["absent"],
+    },
+    Case {
+        name: "disk of half a sector",
+        arguments: &["--kernel", "DIR/tiny.elf", "--disk", "path=DIR/odd"],
+        words: &["512"],
+    },
+    Case {
+        name: "configuration file does not exist",
+        arguments: &["DIR/absent.toml"],
+        words: &["absent.toml"],
+    },
+    Case {
+        name: "configuration file is not TOML",
+        arguments: &["DIR/broken.toml"],
+        words: &["broken.toml"],
+    },
+    Case {
+        name: "unknown key in a configuration file",
+        arguments: &["DIR/unknown.toml"],
+        words: &["colour"],
+    },
+    Case {
+        name: "console in a folder that does not exist",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--console",
+            "file=DIR/absent/log",
+        ],
+        words: &["absent"],
+    },
+];
+
+pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
+    let product = context.product()?;
+    let folder = sh::fresh_dir("badinput")?;
+    make_files(&folder)?;
+    let mut outcomes: Vec<_> = CASES
+        .iter()
+        .map(|case| Outcome::of(case.name, check(product, &folder, case)))
+        .collect();
+    outcomes.push(Outcome::of("disk in use", disk_in_use(product, &folder)));
+    if sh::is_root() {
+        outcomes.push(Outcome::of(
+            "unreadable files",
+            unreadable(product, &folder),
+        ));
+    }
+    Ok(outcomes)
+}
+
+fn make_files(folder: &Path) -> Result<()> {
+    let elf = tiny::elf();
+    let put = |name: &str, content: &[u8]| fs::write(folder.join(name), content);
+    put("tiny.elf", &elf)?;
+    put("short.elf", &elf[..100])?;
+    put("empty", b"")?;
+    put("noise", &[0x5A; 8192])?;
+    put("disk", &[0; 65536])?;
+    put("other", &[0; 65536])?;
+    put("odd", &[0; 65536 + 100])?;
+    put("broken.toml", b"[[disk\n")?;
+    put("unknown.toml", b"colour = \"red\"\n")?;
+    // A setup header (Documentation/arch/x86/boot.rst) that promises more than there is.
+    let mut short = vec![0; 0x400];
+    short[0x1F1] = 4;
+    short[0x1FE..0x200].copy_from_slice(&[0x55, 0xAA]);
+    short[0x200..0x206].copy_from_slice(&[0xEB, 0x6A, b'H', b'd', b'r', b'S']);
+    short[0x206..0x208].copy_from_slice(&0x020F_u16.to_le_bytes());
+    put("short.bzimage", &short)?;
+    fs::File::create(folder.join("large"))?.set_len(256 << 20)?;
+    Ok(())
+}
+
+/// Runs `anemone run` with `DIR` replaced; it must refuse.
+fn check(product: &Binaries, folder: &Path, case: &Case) -> Result<()> {
+    let folder = folder.to_string_lossy();
+    let mut command = product.command("anemone");
+    command.arg("run");
+    if !case.arguments.contains(&"--accel") {
+        command.args(["--accel", "none"]);
+    }
+    command.args(case.arguments.iter().map(|a| a.replace("DIR", &folder)));
+    let done = sh::run_limited(&mut command, Duration::from_secs(20))?;
+    refused(&done, case.words)?;
+    nothing_left()
+}
+
+fn refused(done: &sh::Finished, words: &[&str]) -> Result<()> {
+    let said = &done.output;
+    ensure!(
+        done.code() == Some(2),
+        "exit {:?}, not 2; it said:\n{said}",
+        done.status
+    );
+    ensure!(!said.contains("panicked"), "a panic:\n{said}");
+    ensure!(
+        words.iter().any(|word| said.contains(word)),
+        "the message holds none of {words:?}:\n{said}"
+    );
+    Ok(())
+}
+
+fn nothing_left() -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let left = jail::family(std::process::id());
+        let left: Vec<_> = left
+            .iter()
+            .filter(|p| p.program.starts_with("anemone"))
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            bail!("left behind: {left:?}");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A disk that a server has locked cannot be had a second time.
+fn disk_in_use(product: &Binaries, folder: &Path) -> Result<()> {
+    let socket = folder.join("holder.sock");
+    let disk = folder.join("disk");
+    let holder = product
+        .command("anemone-blk")
+        .arg("--socket")
+        .arg(&socket)
+        .arg("--image")
+        .arg(&disk)
+        .stdin(Stdio::null())
+        .spawn()?;
+    let holder = sh::Guarded(holder);
+    sh::wait_for_path(&socket, Duration::from_secs(10))?;
+    let mut command = product.command("anemone");
+    command
+        .args(["run", "--accel", "none", "--kernel"])
+        .arg(folder.join("tiny.elf"))
+        .arg("--disk")
+        .arg(&disk);
+    let done = sh::run_limited(&mut command, Duration::from_secs(20))?;
+    drop(holder);
+    refused(&done, &["in use", "lock"])
+}
+
+/// Files that the user may not read or write; root may everything, so another user tries.
+fn unreadable(product: &Binaries, folder: &Path) -> Result<()> {
+    const NOBODY: &str = "65534";
+    // The build folder may lie where another user has no way in.
+    let own = tempdir()?;
+    for (name, path) in product.iter() {
+        fs::copy(path, own.0.join(name))?;
+    }
+    for name in ["tiny.elf", "disk", "other"] {
+        fs::copy(folder.join(name), own.0.join(name))?;
+    }
+    fs::set_permissions(own.0.join("disk"), Permissions::from_mode(0o444))?;
+    fs::set_permissions(own.0.join("other"), Permissions::from_mode(0o600))?;
+    let try_it = |arguments: &[&str], words: &[&str]| -> Result<()> {
+        let mut command = std::process::Command::new("setpriv");
+        command
+            .args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups"])
+            .arg(own.0.join("anemone"))
+            .args(["run", "--accel", "none"])
+            .args(
+                arguments
+                    .iter()
+                    .map(|a| a.replace("DIR", &own.0.to_string_lossy())),
+            );
+        refused(
+            &sh::run_limited(&mut command, Duration::from_secs(20))?,
+            words,
+        )
+    };
+    try_it(&["--kernel", "DIR/other"], &["other"])?;
+    try_it(
+        &["--kernel", "DIR/tiny.elf", "--disk", "path=DIR/disk"],
+        &["disk"],
+    )
+}
+
+/// A folder under /tmp that others may look into; removed when dropped.
+struct TempDir(std::path::PathBuf);
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn tempdir() -> Result<TempDir> {
+    let path = std::env::temp_dir().join(format!("anemone-badinput-{}", std::process::id()));
+    fs::create_dir_all(&path)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+    Ok(TempDir(path))
+}

@@ -1,0 +1,141 @@
+//! Makes another process execute a system call of our choice, through ptrace(2): proof that the
+//! filter of a running process, not only the file it was made from, forbids it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// The instruction `syscall`.
+const SYSCALL: [u8; 2] = [0x0F, 0x05];
+
+/// A system call with three arguments; a pointer argument may be 0, the filter sees numbers only.
+#[derive(Debug, Clone, Copy)]
+pub struct Call {
+    /// Name for messages.
+    pub name: &'static str,
+    /// Number.
+    pub number: i64,
+    /// First three arguments.
+    pub arguments: [u64; 3],
+}
+
+/// Makes the thread `tid` of process `pid` execute a call. The process must die of SIGSYS.
+pub fn must_be_killed(pid: u32, tid: u32, call: Call) -> Result<()> {
+    let gadget = find_syscall(pid)?;
+    let tid = tid as i32;
+    ptrace(libc::PTRACE_SEIZE, tid, 0).context("ptrace seize")?;
+    ptrace(libc::PTRACE_INTERRUPT, tid, 0).context("ptrace interrupt")?;
+    wait_stop(tid)?;
+
+    // SAFETY: an all-zero struct of plain numbers.
+    let mut regs: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+    let at = &raw mut regs as u64;
+    ptrace(libc::PTRACE_GETREGS, tid, at).context("ptrace get registers")?;
+    regs.rip = gadget;
+    regs.rax = call.number as u64;
+    // Not in a system call any more: nothing is to be restarted.
+    regs.orig_rax = u64::MAX;
+    [regs.rdi, regs.rsi, regs.rdx] = call.arguments;
+    ptrace(libc::PTRACE_SETREGS, tid, &raw const regs as u64).context("ptrace set registers")?;
+
+    // The filter's signal, and whatever else comes, goes to the process as if we were not there:
+    // its handler reports the denial and ends it. A step is enough to see a call that returns.
+    let mut signal = 0;
+    let end = Instant::now() + Duration::from_secs(10);
+    let mut request = libc::PTRACE_SINGLESTEP;
+    loop {
+        ensure!(
+            Instant::now() < end,
+            "{} neither returned nor was denied",
+            call.name
+        );
+        ptrace(request, tid, signal).context("ptrace continue")?;
+        let status = wait(tid)?;
+        if libc::WIFSIGNALED(status) {
+            let by = libc::WTERMSIG(status);
+            ensure!(by == libc::SIGSYS, "ended by signal {by}, not by SIGSYS");
+            return Ok(());
+        }
+        if libc::WIFEXITED(status) {
+            bail!(
+                "{} ended the process with exit {}",
+                call.name,
+                libc::WEXITSTATUS(status)
+            );
+        }
+        match libc::WSTOPSIG(status) {
+            libc::SIGTRAP if request == libc::PTRACE_SINGLESTEP => {
+                let at = &raw mut regs as u64;
+                ptrace(libc::PTRACE_GETREGS, tid, at).context("ptrace get registers")?;
+                ensure!(
+                    regs.rip != gadget + SYSCALL.len() as u64,
+                    "{} was not denied: it returned {}",
+                    call.name,
+                    regs.rax as i64
+                );
+                signal = 0;
+            }
+            libc::SIGSYS => {
+                signal = libc::SIGSYS as u64;
+                request = libc::PTRACE_CONT;
+            }
+            libc::SIGTRAP => signal = 0,
+            other => signal = other as u64,
+        }
+    }
+}
+
+/// Address of a `syscall` instruction in a process.
+fn find_syscall(pid: u32) -> Result<u64> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let memory = File::open(format!("/proc/{pid}/mem"))?;
+    for line in maps
+        .lines()
+        .filter(|l| l.contains("r-xp") && !l.contains("[v"))
+    {
+        let (start, rest) = line.split_once('-').context("maps")?;
+        let (end, _) = rest.split_once(' ').context("maps")?;
+        let start = u64::from_str_radix(start, 16)?;
+        let end = u64::from_str_radix(end, 16)?;
+        let mut code = vec![0; usize::try_from(end - start)?];
+        memory.read_exact_at(&mut code, start)?;
+        if let Some(at) = code.windows(2).position(|w| w == SYSCALL) {
+            return Ok(start + at as u64);
+        }
+    }
+    bail!("no syscall instruction in process {pid}")
+}
+
+fn ptrace(request: libc::c_uint, tid: i32, data: u64) -> io::Result<()> {
+    // SAFETY: the data is a number, or the address of a live register struct for the two requests
+    // that take one; the other process's state is its own.
+    let rc = unsafe { libc::ptrace(request, tid, ptr::null_mut::<libc::c_void>(), data) };
+    if rc < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn wait(tid: i32) -> Result<i32> {
+    let mut status = 0;
+    // SAFETY: the pointer is to a live integer.
+    let rc = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
+    if rc < 0 {
+        return Err(io::Error::last_os_error()).context("waitpid");
+    }
+    Ok(status)
+}
+
+fn wait_stop(tid: i32) -> Result<()> {
+    let status = wait(tid)?;
+    ensure!(
+        libc::WIFSTOPPED(status),
+        "the process ended before it was touched"
+    );
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! The jail as the host sees it. A VM with one device of each kind runs a guest that only halts;
+//! `/proc` must show every process jailed, and forbidden system calls that are made *in* those
+//! processes must kill them. The second half needs root, for ptrace.
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anemone_guest_init::jail::{self, Process};
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::build::Binaries;
+use crate::report::Outcome;
+use crate::{sh, tiny};
+
+use super::inject::{self, Call};
+use super::{Context, Missing};
+
+/// What none of the processes may do.
+const FORBIDDEN: &[Call] = &[
+    Call {
+        name: "openat",
+        number: libc::SYS_openat,
+        // AT_FDCWD as a signed 32-bit number.
+        arguments: [0xFFFF_FF9C, 0, 0],
+    },
+    Call {
+        name: "socket",
+        number: libc::SYS_socket,
+        arguments: [libc::AF_INET as u64, libc::SOCK_STREAM as u64, 0],
+    },
+    Call {
+        name: "execve",
+        number: libc::SYS_execve,
+        arguments: [0, 0, 0],
+    },
+];
+
+/// Programs whose processes are looked at and injected into. The supervisor is trusted: it opens
+/// what the user names, and is not among them.
+const PROGRAMS: &[&str] = &[
+    "anemone-vmm",
+    "anemone-blk",
+    "anemone-console",
+    "anemone-rng",
+];
+
+pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
+    if !PathBuf::from("/dev/kvm").exists() {
+        return Err(Missing("/dev/kvm, for a VM that runs".into()).into());
+    }
+    let product = context.product()?;
+    let setup = Setup::new(product)?;
+    let mut outcomes = vec![Outcome::of("proc", setup.looks_jailed())];
+    if !sh::is_root() {
+        let why = Missing("root, to make system calls in another process".into());
+        outcomes.push(Outcome::of("denials", Err(why.into())));
+        return Ok(outcomes);
+    }
+    for program in PROGRAMS {
+        for call in FORBIDDEN {
+            let name = format!("{program} cannot {}", call.name);
+            outcomes.push(Outcome::of(&name, setup.is_denied(program, *call, false)));
+        }
+    }
+    for call in FORBIDDEN {
+        let name = format!("a vCPU thread cannot {}", call.name);
+        outcomes.push(Outcome::of(
+            &name,
+            setup.is_denied("anemone-vmm", *call, true),
+        ));
+    }
+    Ok(outcomes)
+}
+
+struct Setup<'a> {
+    product: &'a Binaries,
+    kernel: PathBuf,
+    disk: PathBuf,
+    log: PathBuf,
+    errors: PathBuf,
+}
+
+impl<'a> Setup<'a> {
+    fn new(product: &'a Binaries) -> Result<Self> {
+        let folder = sh::fresh_dir("jail")?;
+        let disk = folder.join("disk.img");
+        fs::File::create(&disk)?.set_len(1 << 20)?;
+        Ok(Self {
+            product,
+            kernel: tiny::kernel()?,
+            disk,
+            log: folder.join("console.log"),
+            errors: folder.join("errors.log"),
+        })
+    }
+
+    fn start(&self) -> Result<Running> {
+        let child = self
+            .product
+            .command("anemone")
+            .args(["run", "--accel", "kvm", "--memory", "64M", "--rng"])
+            .arg("--kernel")
+            .arg(&self.kernel)
+            .arg("--console")
+            .arg(format!("file={}", self.log.display()))
+            .arg("--disk")
+            .arg(format!("path={}", self.disk.display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&self.errors)?)
+            .process_group(0)
+            .spawn()
+            .context("cannot start anemone")?;
+        let mut running = Running {
+            child: sh::Guarded(child),
+            processes: Vec::new(),
+        };
+        // All programs are there, and the vCPU has begun to run.
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            running.processes = jail::family(running.child.0.id());
+            let complete = PROGRAMS
+                .iter()
+                .all(|program| running.processes.iter().any(|p| p.program == *program));
+            if complete && running.vcpu_thread().is_ok() {
+                // The last thread's filter is installed just before it waits.
+                thread::sleep(Duration::from_millis(100));
+                return Ok(running);
+            }
+            if let Some(status) = running.child.0.try_wait()? {
+                bail!("anemone ended ({status}): {}", self.said());
+            }
+            ensure!(
+                Instant::now() < end,
+                "the VM is not complete: {:?}",
+                running.processes
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(&self.errors).unwrap_or_default()
+    }
+
+    fn looks_jailed(&self) -> Result<()> {
+        let running = self.start()?;
+        let disk = self.disk.to_string_lossy();
+        let log = self.log.to_string_lossy();
+        let problems: Vec<_> = running
+            .processes
+            .iter()
+            .flat_map(|process| {
+                let files: &[&str] = match process.program.as_str() {
+                    "anemone-blk" => &[&disk],
+                    "anemone-console" => &[&log],
+                    "anemone" => &[&disk, &log],
+                    _ => &[],
+                };
+                jail::problems(process, files)
+            })
+            .collect();
+        ensure!(problems.is_empty(), "{}", problems.join("\n"));
+        Ok(())
+    }
+
+    fn is_denied(&self, program: &str, call: Call, vcpu: bool) -> Result<()> {
+        let mut running = self.start()?;
+        let process = running.process(program)?.clone();
+        let thread = if vcpu {
+            running.vcpu_thread()?
+        } else {
+            process.pid
+        };
+        inject::must_be_killed(process.pid, thread, call)?;
+        let status = sh::wait_limited(&mut running.child.0, Duration::from_secs(20))?;
+        let said = self.said();
+        ensure!(
+            status.and_then(|s| s.code()) == Some(1),
+            "anemone ended with {status:?}, not exit status 1; it said:\n{said}"
+        );
+        ensure!(
+            said.contains(call.name) && said.contains(program),
+            "the report does not name {} and {program}:\n{said}",
+            call.name
+        );
+        Ok(())
+    }
+}
+
+struct Running {
+    child: sh::Guarded,
+    processes: Vec<Process>,
+}
+
+impl Running {
+    fn process(&self, program: &str) -> Result<&Process> {
+        self.processes
+            .iter()
+            .find(|p| p.program == program)
+            .with_context(|| format!("no process runs {program}"))
+    }
+
+    /// A thread of the VMM that is named after a vCPU.
+    fn vcpu_thread(&self) -> Result<u32> {
+        let pid = self.process("anemone-vmm")?.pid;
+        for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let path = entry?.path();
+            let name = fs::read_to_string(path.join("comm"))?;
+            if name.contains("cpu") {
+                let tid = path.file_name().unwrap_or_default().to_string_lossy();
+                return Ok(tid.parse()?);
+            }
+        }
+        bail!("the VMM has no vCPU thread")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let child: &Child = &self.child.0;
+        sh::kill_group(child);
+    }
+}
