@@ -1,2 +1,123 @@
-//! Placeholder.
-fn main() {}
+//! `anemone-vmm`: the process that runs the guest's CPUs.
+//!
+//! It holds the accelerator, guest memory, the board and the front ends of the devices. It opens
+//! no file, makes no socket and starts no program: the supervisor sends it everything it needs
+//! as descriptors over the control channel, and it enters its jail before it reads the first
+//! message.
+
+mod accel;
+mod args;
+mod build;
+mod device;
+mod error;
+mod jail;
+mod memory;
+mod run;
+#[cfg(feature = "serial")]
+mod serial;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+use anemone_ipc::vmm::{FromVmm, ToVmm};
+use anemone_ipc::{CONTROL_FD, Channel};
+
+use crate::args::{Args, Mode};
+use crate::error::Error;
+
+/// Where `--self-test` finds `/dev/kvm`.
+#[cfg(feature = "kvm")]
+const SELF_TEST_FD: i32 = 4;
+
+fn main() -> ExitCode {
+    let args = match Args::parse() {
+        Ok(args) => args,
+        Err(text) => {
+            eprintln!("anemone-vmm: {text}");
+            return ExitCode::from(2);
+        }
+    };
+    anemone_log::init("anemone-vmm", args.log_level);
+    match args.mode {
+        Mode::Print(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        #[cfg(feature = "kvm")]
+        Mode::SelfTest => self_test(&args.jail),
+        Mode::Run => match serve(&args.jail) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                log::error!("{e}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// Takes over a descriptor that the supervisor has put at a fixed number.
+fn inherited(number: i32) -> Result<OwnedFd, Error> {
+    // SAFETY: plain system call; it only looks the number up and sets close-on-exec.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(Error::os("inherited descriptor")(
+            std::io::Error::last_os_error(),
+        ));
+    }
+    // SAFETY: the descriptor is open, and by agreement with the supervisor this is its owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Tells whether KVM on this host can run a stock kernel: exit status 0, or the reason on
+/// standard output and 1.
+#[cfg(feature = "kvm")]
+fn self_test(jail: &jail::Settings) -> ExitCode {
+    use anemone_accel_kvm::Verdict;
+    let verdict = inherited(SELF_TEST_FD).and_then(|device| {
+        jail::enter(jail)?;
+        Ok(anemone_accel_kvm::self_test(device)?)
+    });
+    match verdict {
+        Ok(Verdict::Usable) => ExitCode::SUCCESS,
+        Ok(Verdict::Unusable(reason)) => {
+            println!("{reason}");
+            ExitCode::FAILURE
+        }
+        Err(e) => {
+            println!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Builds and runs the one machine this process is for.
+fn serve(jail: &jail::Settings) -> Result<(), Error> {
+    let channel = Channel::new(inherited(CONTROL_FD)?);
+    jail::enter(jail)?;
+    let mut received = channel.recv::<ToVmm>()?;
+    let ToVmm::Configure(config) = &received.message else {
+        return Err(Error::Protocol("the first message is not a configuration"));
+    };
+    let config = config.as_ref().clone();
+    let machine = match build::build(&config, &mut received, jail.mode) {
+        Ok(machine) => machine,
+        Err(e) => {
+            channel.send(
+                &FromVmm::Refused {
+                    message: e.to_string(),
+                },
+                &[],
+            )?;
+            return Ok(());
+        }
+    };
+    channel.send(&FromVmm::Ready(machine.summary.clone()), &[])?;
+    match channel.recv::<ToVmm>() {
+        Ok(message) if matches!(message.message, ToVmm::Start) => {
+            run::run(machine, channel, jail.mode)
+        }
+        Ok(_) => Err(Error::Protocol("expected the order to start")),
+        // A check ends here.
+        Err(anemone_ipc::Error::Closed) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}

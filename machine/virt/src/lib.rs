@@ -13,6 +13,7 @@ mod panic_device;
 #[cfg(feature = "serial")]
 mod serial;
 
+pub use anemone_pci::PciFunction;
 pub use board::{Board, Outcome, Signals};
 pub use ged::PowerEvent;
 pub use ioapic::IoApic;

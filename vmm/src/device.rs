@@ -1,0 +1,84 @@
+//! Device threads: each holds the conversation with one back end.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+
+use anemone_ipc::vmm::{Device, Event};
+use anemone_sandbox::Mode;
+use anemone_virtio::{Connected, FrontEnd, GuestRam, VirtioPci, WorkQueue};
+
+use crate::error::Error;
+use crate::jail;
+use crate::run::Happenings;
+
+/// A device thread needs little: small messages and a memory table.
+const STACK: usize = 128 << 10;
+
+/// A device whose back end is being asked what it offers.
+pub struct Starting {
+    id: String,
+    answer: Receiver<Result<Connected, Error>>,
+    go: Sender<Arc<VirtioPci>>,
+    pub work: Arc<WorkQueue>,
+}
+
+impl Starting {
+    /// Starts the thread of a device.
+    pub fn begin(
+        config: &Device,
+        socket: UnixStream,
+        ram: Arc<GuestRam>,
+        happenings: Arc<Happenings>,
+        mode: Mode,
+    ) -> Result<Self, Error> {
+        let (tell, answer) = mpsc::channel();
+        let (go, wait) = mpsc::channel::<Arc<VirtioPci>>();
+        let work = Arc::new(WorkQueue::new().map_err(Error::os("eventfd"))?);
+        let (id, queues, config_size) = (config.id.clone(), config.queues, config.config_size);
+        let body = {
+            let (id, work) = (id.clone(), work.clone());
+            move || {
+                let connect = || {
+                    jail::restrict_device(mode)?;
+                    FrontEnd::connect(socket, queues, config_size).map_err(|source| Error::Device {
+                        id: id.clone(),
+                        source,
+                    })
+                };
+                let (front_end, offer) = match connect() {
+                    Ok((front_end, connected)) => (front_end, Ok(connected)),
+                    Err(e) => {
+                        // If nobody listens any more the machine is not going to be.
+                        let _ = tell.send(Err(e));
+                        return;
+                    }
+                };
+                // As above: without a listener, `wait` fails next.
+                let _ = tell.send(offer);
+                let Ok(device) = wait.recv() else { return };
+                let reason = front_end.run(&device, &ram, &work).to_string();
+                happenings.fail(Event::DeviceFailed { id, reason });
+            }
+        };
+        thread::Builder::new()
+            .name(format!("dev-{id}").chars().take(15).collect())
+            .stack_size(STACK)
+            .spawn(body)
+            .map_err(Error::os("starting a device thread"))?;
+        Ok(Self {
+            id,
+            answer,
+            go,
+            work,
+        })
+    }
+
+    /// Waits for the back end's answer. The second value lets the thread go on.
+    pub fn finish(self) -> Result<(Connected, Sender<Arc<VirtioPci>>), Error> {
+        let gone = || Error::Config(format!("device `{}`: its thread ended", self.id));
+        let connected = self.answer.recv().map_err(|_| gone())??;
+        Ok((connected, self.go))
+    }
+}

@@ -1,0 +1,39 @@
+//! The jail of this process: one policy for the whole, a narrower one for each class of thread.
+
+use anemone_sandbox::{Mode, ProcessJail};
+
+use crate::error::Error;
+
+anemone_sandbox::include_policies!();
+
+/// What the command line says about the jail.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    pub mode: Mode,
+    pub parent_pid: Option<u32>,
+}
+
+/// Descriptors this process may have: a few per device, queue and vCPU.
+const OPEN_FILES: u64 = 16_384;
+
+/// Enters the jail; from here on only the main policy's system calls are left.
+pub fn enter(settings: &Settings) -> Result<(), Error> {
+    let layers = anemone_sandbox::enter(&ProcessJail {
+        mode: settings.mode,
+        parent_pid: settings.parent_pid,
+        open_files: OPEN_FILES,
+        ..ProcessJail::default()
+    })?;
+    log::info!("jail: {layers}");
+    Ok(anemone_sandbox::restrict(&policies::MAIN, settings.mode)?)
+}
+
+/// Narrows the calling thread, which is about to run a vCPU.
+pub fn restrict_vcpu(mode: Mode) -> Result<(), Error> {
+    Ok(anemone_sandbox::restrict(&policies::VCPU, mode)?)
+}
+
+/// Narrows the calling thread, which is about to talk to a back end.
+pub fn restrict_device(mode: Mode) -> Result<(), Error> {
+    Ok(anemone_sandbox::restrict(&policies::DEVICE, mode)?)
+}

@@ -1,0 +1,198 @@
+//! Running a machine: a thread per vCPU, and the main loop that hears what happens.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::{io, thread};
+
+use anemone_accel_api::{EventFd, Stop, Vcpu};
+use anemone_ipc::Channel;
+use anemone_ipc::vmm::{Event, FromVmm, ToVmm};
+use anemone_sandbox::Mode;
+use anemone_virt::{Board, Outcome, PowerEvent, Signals};
+
+use crate::build::Machine;
+use crate::error::Error;
+use crate::jail;
+
+/// A vCPU thread runs register models only.
+const VCPU_STACK: usize = 256 << 10;
+
+const SHUTDOWN: u32 = 1 << 0;
+const RESET: u32 = 1 << 1;
+const PANIC: u32 = 1 << 2;
+const TRIPLE_FAULT: u32 = 1 << 3;
+
+/// What has happened to the guest since the main loop last looked. However often it happens, it
+/// takes no more room.
+pub struct Happenings {
+    flags: AtomicU32,
+    /// The first failure; later ones are mostly its consequences.
+    failure: Mutex<Option<Event>>,
+    wake: EventFd,
+}
+
+impl Happenings {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            flags: AtomicU32::new(0),
+            failure: Mutex::default(),
+            wake: EventFd::new()?,
+        })
+    }
+
+    fn set(&self, flag: u32) {
+        self.flags.fetch_or(flag, Ordering::AcqRel);
+        self.wake.signal();
+    }
+
+    /// The VM cannot go on.
+    pub fn fail(&self, event: Event) {
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(event);
+        self.wake.signal();
+    }
+
+    /// All events since the last call, those that end the guest last.
+    fn take(&self) -> Vec<Event> {
+        self.wake.take();
+        let flags = self.flags.swap(0, Ordering::AcqRel);
+        let reset = |cause: &str| Event::Reset {
+            cause: cause.to_owned(),
+        };
+        let mut events = Vec::new();
+        if flags & PANIC != 0 {
+            events.push(Event::Panic);
+        }
+        if flags & SHUTDOWN != 0 {
+            events.push(Event::Shutdown);
+        } else if flags & RESET != 0 {
+            events.push(reset("reset register"));
+        } else if flags & TRIPLE_FAULT != 0 {
+            events.push(reset("triple fault"));
+        }
+        events.extend(
+            self.failure
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+        events
+    }
+}
+
+impl Signals for Happenings {
+    fn signal(&self, outcome: Outcome) {
+        self.set(match outcome {
+            Outcome::Shutdown => SHUTDOWN,
+            Outcome::Reset => RESET,
+            Outcome::Panic => PANIC,
+        });
+    }
+}
+
+/// Runs the machine until the guest is over; the process ends then, and with it the vCPUs.
+pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Error> {
+    for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
+        let (board, happenings) = (machine.board.clone(), machine.happenings.clone());
+        thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(VCPU_STACK)
+            .spawn(move || run_vcpu(index, vcpu, &board, &happenings, mode))
+            .map_err(Error::os("starting a vCPU thread"))?;
+    }
+    let mut panicked = false;
+    loop {
+        wait(&machine, &channel)?;
+        #[cfg(feature = "serial")]
+        if let Some(serial) = &mut machine.serial {
+            serial.run();
+        }
+        if !orders(&machine, &channel)? {
+            return Ok(());
+        }
+        for event in machine.happenings.take() {
+            // A guest may report its panic as often as it likes; it is told once.
+            if event != Event::Panic || !std::mem::replace(&mut panicked, true) {
+                channel.send(&FromVmm::Event(event.clone()), &[])?;
+            }
+            if event != Event::Panic {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Waits for the supervisor, the guest or the serial line.
+fn wait(machine: &Machine, channel: &Channel) -> Result<(), Error> {
+    let entry = |fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut poll = vec![
+        entry(channel.as_fd().as_raw_fd()),
+        entry(machine.happenings.wake.as_fd().as_raw_fd()),
+    ];
+    #[cfg(feature = "serial")]
+    poll.extend(
+        machine
+            .serial
+            .iter()
+            .flat_map(crate::serial::Pump::poll_entries),
+    );
+    // SAFETY: the entries are initialised and counted; a negative descriptor is skipped.
+    if unsafe { libc::poll(poll.as_mut_ptr(), poll.len() as libc::nfds_t, -1) } < 0 {
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(Error::os("poll")(e));
+        }
+    }
+    Ok(())
+}
+
+/// Carries out the supervisor's orders; `false` once it has hung up.
+fn orders(machine: &Machine, channel: &Channel) -> Result<bool, Error> {
+    channel
+        .set_nonblocking(true)
+        .map_err(Error::os("control channel"))?;
+    let outcome = loop {
+        match channel.recv::<ToVmm>() {
+            Ok(received) => match received.message {
+                ToVmm::PowerButton => machine.board.raise(PowerEvent::Button),
+                ToVmm::Start | ToVmm::Configure(_) => {
+                    break Err(Error::Protocol("the machine is already running"));
+                }
+            },
+            Err(e) if e.is_would_block() => break Ok(true),
+            Err(anemone_ipc::Error::Closed) => break Ok(false),
+            Err(e) => break Err(e.into()),
+        }
+    };
+    channel
+        .set_nonblocking(false)
+        .map_err(Error::os("control channel"))?;
+    outcome
+}
+
+fn run_vcpu(index: usize, vcpu: Box<dyn Vcpu>, board: &Board, to: &Arc<Happenings>, mode: Mode) {
+    let failed = |what: String| {
+        to.fail(Event::Failed {
+            message: format!("vCPU {index}: {what}"),
+        });
+    };
+    if let Err(e) = jail::restrict_vcpu(mode) {
+        return failed(e.to_string());
+    }
+    let mut vcpu = vcpu;
+    loop {
+        match vcpu.run(board) {
+            Ok(Stop::Kicked) => {}
+            Ok(Stop::TripleFault) => return to.set(TRIPLE_FAULT),
+            Ok(Stop::Ended) => return to.set(SHUTDOWN),
+            Err(e) => return failed(e.to_string()),
+        }
+    }
+}
