@@ -230,7 +230,7 @@ impl Backwards {
     }
 
     /// Goes on at `then` if one of the tests holds.
-    fn condition(&mut self, tests: &[Test], then: Label, otherwise: Label) -> Label {
+    fn condition(&mut self, tests: &[Test], mut then: Label, otherwise: Label) -> Label {
         let mut fails = otherwise;
         // Tests of the same bits share one load.
         let runs = tests
@@ -238,6 +238,8 @@ impl Backwards {
         for run in runs.rev() {
             let next = fails;
             for test in run.iter().rev() {
+                // Kept, so that many tests share one long jump.
+                then = self.reachable(then);
                 fails = self.branch(JUMP_EQUAL, test.value as u32, then, fails);
             }
             let Some(&test) = run.first() else { continue };

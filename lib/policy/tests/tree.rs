@@ -1,0 +1,162 @@
+//! The policies of this repository.
+
+use std::path::{Path, PathBuf};
+
+use anemone_policy::{Action, Denial, Policy, load, syscall_name};
+use anemone_sandbox::{Call, Instruction, evaluate, instruction};
+
+/// The packages with policies, and the policy of each one's first thread.
+const PROGRAMS: [&str; 4] = ["vmm", "devices/blk", "devices/console", "devices/rng"];
+
+fn folder(program: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .join(program)
+        .join("policy")
+}
+
+fn policies() -> Vec<(&'static str, Vec<Policy>)> {
+    PROGRAMS
+        .into_iter()
+        .map(|program| {
+            (
+                program,
+                load(&folder(program)).unwrap_or_else(|e| panic!("{e}")),
+            )
+        })
+        .collect()
+}
+
+fn program(policy: &Policy) -> Vec<Instruction> {
+    let program = policy.program(Denial::Trap(0)).unwrap();
+    program
+        .iter()
+        .map(|i| instruction(i.code, i.jt, i.jf, i.k))
+        .collect()
+}
+
+#[test]
+fn nothing_leads_out_of_the_jail() {
+    // What opens, makes or reaches something new, or touches other processes.
+    const NEVER: &[&str] = &[
+        "open",
+        "openat",
+        "openat2",
+        "open_by_handle_at",
+        "creat",
+        "socket",
+        "connect",
+        "bind",
+        "listen",
+        "execve",
+        "execveat",
+        "fork",
+        "vfork",
+        "kill",
+        "tkill",
+        "ptrace",
+        "process_vm_readv",
+        "process_vm_writev",
+        "pidfd_open",
+        "pidfd_getfd",
+        "mount",
+        "umount2",
+        "pivot_root",
+        "chroot",
+        "unshare",
+        "setns",
+        "bpf",
+        "perf_event_open",
+        "userfaultfd",
+        "io_uring_setup",
+        "memfd_create",
+        "setuid",
+        "setresuid",
+        "capset",
+        "keyctl",
+        "init_module",
+        "finit_module",
+        "kexec_load",
+        "reboot",
+        "iopl",
+        "ioperm",
+        "unlink",
+        "unlinkat",
+        "rename",
+    ];
+    for (program, policies) in policies() {
+        for policy in policies {
+            for name in policy.allowed() {
+                assert!(
+                    !NEVER.contains(&name),
+                    "{program}, policy {}: {name}",
+                    policy.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn no_memory_becomes_code_and_no_process_begins() {
+    for (name, policies) in policies() {
+        for policy in policies {
+            let program = program(&policy);
+            let answer = |number: libc::c_long, arguments| {
+                evaluate(&program, &Call::new(number as u32, arguments))
+                    & libc::SECCOMP_RET_ACTION_FULL
+            };
+            let what = format!("{name}, policy {}", policy.name);
+            for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+                let code = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+                assert_eq!(
+                    answer(call, [0, 4096, code, 0, 0, 0]),
+                    libc::SECCOMP_RET_TRAP,
+                    "{what}"
+                );
+                assert_eq!(
+                    answer(call, [0, 4096, 3, 0, 0, 0]),
+                    libc::SECCOMP_RET_ALLOW,
+                    "{what}"
+                );
+            }
+            let process = [libc::SIGCHLD as u64, 0, 0, 0, 0, 0];
+            assert_eq!(
+                answer(libc::SYS_clone, process),
+                libc::SECCOMP_RET_TRAP,
+                "{what}"
+            );
+            assert_ne!(
+                answer(libc::SYS_clone3, [0; 6]),
+                libc::SECCOMP_RET_ALLOW,
+                "{what}"
+            );
+            assert_eq!(
+                answer(libc::SYS_tgkill, [1, 1, 9, 0, 0, 0]),
+                libc::SECCOMP_RET_TRAP
+            );
+        }
+    }
+}
+
+/// Filters stack, so a rule that the first thread does not have is no rule.
+#[test]
+fn the_first_thread_has_the_rules_of_all() {
+    for (program, policies) in policies() {
+        let main = policies.iter().find(|p| p.name == "main").unwrap();
+        for policy in &policies {
+            for rule in policy.rules.iter().filter(|r| r.action == Action::Allow) {
+                let there = main.rules.iter().any(|r| {
+                    (r.syscall, &r.conditions, r.action)
+                        == (rule.syscall, &rule.conditions, rule.action)
+                });
+                assert!(
+                    there,
+                    "{program}: `{}` of {} is not in main",
+                    syscall_name(rule.syscall).unwrap(),
+                    policy.name
+                );
+            }
+        }
+    }
+}
