@@ -1,6 +1,9 @@
 //! Programs against things written by others: seccompiler's compiler and tables, the kernel
 //! itself, and the sizes of KVM's structures.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::io;
 
@@ -90,11 +93,9 @@ fn foreign(policy: &Policy) -> Option<Vec<Instruction>> {
         SeccompAction::Allow,
         TargetArch::x86_64,
     );
-    let program: BpfProgram = filter.unwrap().try_into().unwrap();
-    program
-        .iter()
-        .map(|i| instruction(i.code, i.jt, i.jf, i.k))
-        .collect()
+    let program: BpfProgram = filter.unwrap().try_into().ok()?;
+    let ours = program.iter().map(|i| instruction(i.code, i.jt, i.jf, i.k));
+    Some(ours.collect())
 }
 
 /// Numbers close to each other and to values of tests, so that equality happens.
@@ -167,7 +168,7 @@ fn calls() -> impl Strategy<Value = Vec<Call>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn programs_mean_what_the_rules_say(policy in policy(true), calls in calls()) {

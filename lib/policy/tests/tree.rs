@@ -1,5 +1,8 @@
 //! The policies of this repository.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use anemone_policy::{Action, Denial, Policy, load, syscall_name};
