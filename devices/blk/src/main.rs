@@ -13,6 +13,8 @@ mod queue;
 mod request;
 mod worker;
 
+anemone_sandbox::include_policies!();
+
 use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -21,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anemone_device::lexopt::{self, Parser, ValueExt};
-use anemone_device::{About, Common, Program};
+use anemone_device::{About, Common, Filter, Program};
 
 use device::Block;
 use image::Image;
@@ -62,6 +64,8 @@ impl Default for Blk {
 
 impl Program for Blk {
     type Device = Block;
+
+    const FILTER: &'static Filter = &policies::MAIN;
 
     const ABOUT: About = About {
         name: "anemone-blk",

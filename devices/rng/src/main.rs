@@ -3,12 +3,14 @@
 mod bucket;
 mod device;
 
+anemone_sandbox::include_policies!();
+
 use std::error::Error;
 use std::num::NonZeroU32;
 use std::process::ExitCode;
 
 use anemone_device::lexopt::{self, Parser, ValueExt};
-use anemone_device::{About, Common, Program};
+use anemone_device::{About, Common, Filter, Program};
 
 use bucket::Bucket;
 use device::Rng;
@@ -20,6 +22,8 @@ struct Options {
 
 impl Program for Options {
     type Device = Rng;
+
+    const FILTER: &'static Filter = &policies::MAIN;
 
     const ABOUT: About = About {
         name: "anemone-rng",

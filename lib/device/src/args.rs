@@ -4,9 +4,9 @@ use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
+use anemone_sandbox::Mode;
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 
@@ -60,27 +60,6 @@ impl Common {
     /// Whether a supervisor has started the process.
     pub fn supervised(&self) -> bool {
         self.control.is_some()
-    }
-}
-
-/// What the jail does about a forbidden system call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// It kills the process.
-    On,
-    /// It reports the call and lets it through.
-    Log,
-}
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "on" => Ok(Self::On),
-            "log" => Ok(Self::Log),
-            _ => Err("only \"on\" and \"log\" are possible".into()),
-        }
     }
 }
 
@@ -163,13 +142,20 @@ fn help(about: &About) -> String {
     )
 }
 
+/// Descriptors taken over so far, each once.
+static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+
+/// The descriptors that the command line named.
+pub(crate) fn named_fds() -> Vec<RawFd> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 /// Takes over a descriptor that the process has inherited, by its number, and keeps it from being
 /// inherited further. Each number can be taken once.
 ///
 /// # Errors
 /// The number is not an open descriptor, or has been taken.
 pub fn inherited_fd(number: RawFd) -> Result<OwnedFd, InheritedFdError> {
-    static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
     let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
     if taken.contains(&number) {
         return Err(InheritedFdError { number, open: true });
@@ -218,7 +204,7 @@ impl std::error::Error for InheritedFdError {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Device;
+    use crate::{Device, Filter};
     use std::error::Error;
 
     #[derive(Debug, Default)]
@@ -249,6 +235,7 @@ mod tests {
 
     impl Program for Test {
         type Device = Nothing;
+        const FILTER: &'static Filter = &Filter::new("test", 0, &[], &[]);
         const ABOUT: About = About {
             name: "anemone-test",
             version: "1.2",
@@ -312,7 +299,7 @@ mod tests {
             ("--speed x --socket /s", "x"),
             ("--unknown --socket /s", "--unknown"),
             ("stray", "stray"),
-            ("--socket /s --sandbox off", "\"on\" and \"log\""),
+            ("--socket /s --sandbox off", "on, log"),
             ("--socket /s --fd 0", "--control-fd"),
             ("--control-fd 9999", "9999"),
             ("--stream --socket /s", "byte stream"),

@@ -1,8 +1,22 @@
 //! Where the process gives up its rights.
 
-use crate::Common;
+use anemone_sandbox::{Error, Filter, ProcessJail};
 
-/// Gives up everything the device does not need.
-pub fn enter(_common: &Common) -> Result<(), String> {
-    Ok(())
+use crate::{Common, Device};
+
+/// Descriptors of the frame, of a memory table and of a few messages on their way.
+const OPEN_FILES: u64 = 64;
+/// Descriptors for each virtqueue: those of the protocol, and what a device adds.
+const OPEN_FILES_PER_QUEUE: u64 = 16;
+
+/// Gives up everything that serving the device does not need.
+pub fn enter(common: &Common, device: &dyn Device, filter: &'static Filter) -> Result<(), Error> {
+    let queues = device.queue_count() as u64;
+    anemone_sandbox::enter(&ProcessJail {
+        mode: common.sandbox,
+        parent_pid: common.parent_pid,
+        open_files: OPEN_FILES + OPEN_FILES_PER_QUEUE * queues,
+        ..ProcessJail::default()
+    })?;
+    anemone_sandbox::restrict(filter, common.sandbox)
 }

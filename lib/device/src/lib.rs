@@ -24,7 +24,8 @@ mod session;
 mod timer;
 mod vring;
 
-pub use args::{About, Common, Mode, inherited_fd, parse_fd};
+pub use anemone_sandbox::{Filter, Mode};
+pub use args::{About, Common, inherited_fd, parse_fd};
 pub use host::Host;
 pub use main_loop::{listen, run};
 pub use timer::Timer;
@@ -102,6 +103,9 @@ pub trait Program: Default {
 
     /// Name and help text.
     const ABOUT: About;
+
+    /// System calls of the main thread and of the threads it starts.
+    const FILTER: &'static Filter;
 
     /// Takes the option `--name` of the command line, its value from `parser` if it has one.
     /// `Ok(false)` says that the device has no such option.

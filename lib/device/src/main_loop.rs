@@ -14,7 +14,7 @@ use anemone_ipc::{Channel, Error as ChannelError};
 
 use crate::args::{self, Common, Request};
 use crate::session::Session;
-use crate::{Device, Host, Program, jail};
+use crate::{Device, Filter, Host, Program, jail};
 
 /// Exit status for wrong arguments and for what cannot be opened.
 const EXIT_USAGE: u8 = 2;
@@ -59,6 +59,8 @@ enum Failure {
 }
 
 fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
+    // What else was inherited is nobody's business here.
+    anemone_sandbox::close_extra_fds(&args::named_fds()).map_err(|e| Failure::Run(e.into()))?;
     let host = Host::new(common.control.take().map(Channel::new));
     let opened = open(program, &common);
     let (device, listener) = opened.map_err(|error| {
@@ -75,7 +77,7 @@ fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
         interrupt_ends: host.control().is_none(),
         host,
     };
-    main.start(&common).map_err(|error| {
+    main.start(&common, P::FILTER).map_err(|error| {
         main.host.send(&FromDevice::Failed {
             message: error.to_string(),
         });
@@ -139,14 +141,14 @@ struct MainLoop<D> {
 }
 
 impl<D: Device> MainLoop<D> {
-    fn start(&mut self, common: &Common) -> Result<(), Box<dyn Error>> {
+    fn start(&mut self, common: &Common, filter: &'static Filter) -> Result<(), Box<dyn Error>> {
         if let Some(control) = self.host.control() {
             control.set_nonblocking(true)?;
         }
         if let Some(listener) = &self.listener {
             listener.set_nonblocking(true)?;
         }
-        jail::enter(common)?;
+        jail::enter(common, &self.device, filter)?;
         self.device.attach(&self.host);
         self.host.send(&FromDevice::Ready);
         Ok(())
