@@ -1,2 +1,7 @@
-//! Placeholder.
-fn main() {}
+//! The `anemone` program.
+
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    anemone::main()
+}

@@ -1,0 +1,242 @@
+//! Which accelerator runs the guest, and opening it.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anemone_config::{AccelType, Sandbox, Vm};
+use log::LevelFilter;
+use thiserror::Error as ThisError;
+
+use crate::error::{Error, printable, system};
+use crate::files;
+use crate::programs::Programs;
+use crate::registry;
+use crate::spawn::{Program, Stdio};
+use crate::sys::{self, Exit, Signals};
+
+/// Number at which the self-test finds `/dev/kvm`.
+const SELF_TEST_FD: i32 = 4;
+/// Time the whole self-test may take, start of the process included. It bounds itself more tightly.
+const SELF_TEST_LIMIT: Duration = Duration::from_secs(10);
+const KVM: &str = "/dev/kvm";
+
+/// No accelerator can run this VM.
+#[derive(Debug, ThisError)]
+pub enum Unavailable {
+    /// `/dev/kvm` cannot be opened.
+    #[error("accelerator `kvm`: {0}")]
+    Kvm(String),
+    /// `auto` found nothing.
+    #[error(
+        "no accelerator of this build can run a stock kernel on this host:{reasons}\n\
+         `--accel kvm` uses KVM without the self-test"
+    )]
+    Nothing {
+        /// One line per accelerator tried.
+        reasons: String,
+    },
+    /// `none` without its driver.
+    #[error(
+        "accelerator `none`: needs `socket=PATH`, where the program that drives the machine connects"
+    )]
+    NoDriver,
+    /// The wait for the driver was ended.
+    #[error("accelerator `none`: ended by {0} before a driver connected")]
+    Interrupted(String),
+}
+
+/// An accelerator that is ready to be given to a VMM.
+#[derive(Debug)]
+pub enum Opened {
+    /// `/dev/kvm`.
+    Kvm(OwnedFd),
+    /// The connection of the driver.
+    None(UnixStream),
+}
+
+/// What starting the self-test needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Environment<'a> {
+    /// Where the VMM is.
+    pub programs: &'a Programs,
+    /// Mode of its jail.
+    pub sandbox: Sandbox,
+    /// Its log level.
+    pub log_level: LevelFilter,
+}
+
+/// Opens the accelerator that the configuration asks for. With `none` this waits for the driver.
+pub fn open(vm: &Vm, environment: Environment<'_>, signals: &Signals) -> Result<Opened, Error> {
+    let accel = &vm.config.accel;
+    match accel.kind {
+        AccelType::Auto => choose(environment).map(Opened::Kvm),
+        AccelType::Kvm => {
+            registry::accelerator("kvm")?;
+            Ok(open_kvm().map(Opened::Kvm).map_err(Unavailable::Kvm)?)
+        }
+        AccelType::None => {
+            registry::accelerator("none")?;
+            let path = accel.socket.as_deref().ok_or(Unavailable::NoDriver)?;
+            accept(path, signals).map(Opened::None)
+        }
+    }
+}
+
+/// The first accelerator of the build that can run a stock kernel. Only KVM can so far.
+fn choose(environment: Environment<'_>) -> Result<OwnedFd, Error> {
+    let mut reasons = String::new();
+    for entry in registry::ACCELERATORS.iter().filter(|entry| entry.default) {
+        let device = match open_kvm() {
+            Ok(device) => device,
+            Err(reason) => {
+                reasons.push_str(&format!("\n  {}: {reason}", entry.name));
+                continue;
+            }
+        };
+        match self_test(&device, environment)? {
+            None => return Ok(device),
+            Some(reason) => reasons.push_str(&format!("\n  {}: {reason}", entry.name)),
+        }
+    }
+    if reasons.is_empty() {
+        reasons = format!(
+            "\n  it has only: {}",
+            registry::names(registry::ACCELERATORS)
+        );
+    }
+    Err(Unavailable::Nothing { reasons }.into())
+}
+
+/// Opens `/dev/kvm`, or says how to get it.
+pub fn open_kvm() -> Result<OwnedFd, String> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(KVM)
+        .map(OwnedFd::from)
+        .map_err(|error| {
+            let owner = fs::metadata(KVM).ok().map(|metadata| metadata.gid());
+            advice(&error, owner, sys::effective_user())
+        })
+}
+
+/// What to do about a `/dev/kvm` that belongs to `group` and does not open.
+fn advice(error: &io::Error, group: Option<u32>, user: u32) -> String {
+    let name = |file: &str, id: u32| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        name_of(&text, id).unwrap_or_else(|| id.to_string())
+    };
+    match (error.kind(), group) {
+        (io::ErrorKind::NotFound, _) => format!(
+            "{KVM} does not exist. Enable virtualisation in the host's firmware (in a VM: nested \
+             virtualisation in the outer one) and load the module: modprobe kvm_intel, or \
+             modprobe kvm_amd"
+        ),
+        (io::ErrorKind::PermissionDenied, Some(group)) => {
+            let group = name("/etc/group", group);
+            let user = name("/etc/passwd", user);
+            format!(
+                "you may not open {KVM}, which belongs to the group `{group}`. Join it and log in \
+                 again: sudo usermod --append --groups {group} {user}"
+            )
+        }
+        _ => format!("{KVM}: {error}"),
+    }
+}
+
+/// The name that belongs to a number in /etc/passwd or /etc/group (passwd(5), group(5): name,
+/// password, number, …). Read by hand: the C library would load plug-ins for it.
+fn name_of(text: &str, id: u32) -> Option<String> {
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(id)).then(|| name.to_owned())
+    })
+}
+
+/// Lets a jailed VMM process find out whether KVM can run a stock kernel; `Some` says why not.
+pub fn self_test(device: &OwnedFd, environment: Environment<'_>) -> Result<Option<String>, Error> {
+    let path = environment.programs.find(registry::VMM, None)?;
+    let (mut reader, writer) = io::pipe().map_err(system("pipe"))?;
+    let mut program = Program::new(&path);
+    program
+        .arg("--self-test")
+        .option("--parent-pid", std::process::id())
+        .option("--sandbox", environment.sandbox)
+        .option(
+            "--log-level",
+            environment.log_level.as_str().to_ascii_lowercase(),
+        )
+        .fd(SELF_TEST_FD, device.as_fd())
+        .stdio(Stdio::Output(writer.as_fd()));
+    let mut process = program.start()?;
+    drop(program);
+    drop(writer);
+    Ok(match process.wait(SELF_TEST_LIMIT) {
+        Some(Exit::Status(0)) => None,
+        Some(exit) => {
+            let mut text = [0; 2048];
+            // The writer is gone, so this does not wait.
+            let length = reader.read(&mut text).unwrap_or(0);
+            let reason = printable(&String::from_utf8_lossy(&text[..length]));
+            Some(if reason.is_empty() {
+                format!("the self-test ({}) {exit}", process.name())
+            } else {
+                reason
+            })
+        }
+        None => Some(format!(
+            "the self-test did not end within {} seconds",
+            SELF_TEST_LIMIT.as_secs()
+        )),
+    })
+}
+
+/// Waits for the driver of the machine.
+fn accept(path: &Path, signals: &Signals) -> Result<UnixStream, Error> {
+    let listener = files::listen("accelerator `none`", path)?;
+    loop {
+        let mut ready = [
+            sys::readable(listener.socket.as_fd()),
+            sys::readable(signals.as_fd()),
+        ];
+        sys::poll(&mut ready, None).map_err(system("poll"))?;
+        if ready[1].revents != 0
+            && let Some(signal) = signals.take()
+            && signal != libc::SIGWINCH
+        {
+            return Err(Unavailable::Interrupted(sys::signal_name(signal)).into());
+        }
+        if ready[0].revents != 0 {
+            let (stream, _) = listener.socket.accept().map_err(system("accept"))?;
+            return Ok(stream);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_names_the_group_and_the_command() {
+        let group = "root:x:0:\nkvm:x:106:someone\n";
+        assert_eq!(name_of(group, 106).as_deref(), Some("kvm"));
+        assert_eq!(name_of(group, 6), None);
+        assert_eq!(name_of("nonsense\n::\n", 6), None);
+        let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+        let text = advice(&denied, Some(0), 0);
+        assert!(text.contains("group `root`"), "{text}");
+        assert!(
+            text.ends_with("sudo usermod --append --groups root root"),
+            "{text}"
+        );
+        let missing = io::Error::from(io::ErrorKind::NotFound);
+        assert!(advice(&missing, None, 0).contains("modprobe"));
+    }
+}

@@ -1,0 +1,309 @@
+//! The command line.
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anemone_config::{
+    Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, OnPanic, OnReboot,
+    PanicDevice, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, keyvalue,
+};
+use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
+use log::LevelFilter;
+
+use crate::error::Error;
+use crate::registry;
+
+/// Runs virtual machines: a small machine without legacy devices for Linux guests, with every
+/// device in a jailed process of its own.
+#[derive(Debug, Parser)]
+#[command(name = "anemone", version, max_term_width = 100, after_help = STATUS)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Most detailed level that this program and its processes log to standard error.
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        default_value = "warn",
+        value_parser = words::<LevelFilter>(&["off", "error", "warn", "info", "debug", "trace"])
+    )]
+    pub log_level: LevelFilter,
+}
+
+const STATUS: &str = "\
+Exit status: 0 the guest shut down, 1 the VM failed, 2 bad configuration or usage.
+
+Environment: ANEMONE_LIBEXEC names the folder of the programs that anemone starts. Without it
+they are looked for beside anemone itself, then in ../libexec/anemone.";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  anemone run vm.toml
+  anemone run --kernel vmlinuz --initrd initrd.img --cmdline 'console=hvc0 root=/dev/vda' \\
+              --cpus 4 --memory 2G --disk root.img --disk data.img,readonly,id=data
+  anemone run vm.toml --console pty --serial file=boot.log
+
+An option replaces what the file says about the same thing as a whole; --disk adds to the disks of
+the file. In lists of keys, a comma that belongs to a value is written twice.
+
+On a terminal, Ctrl-A is the escape key of the console: Ctrl-A x ends the VM, Ctrl-A p presses the
+power button, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest.
+
+SIGINT, SIGTERM and SIGHUP press the guest's power button. A second one, or 10 seconds without the
+guest powering off, ends the VM.
+
+Exit status: 0 the guest shut down, 1 the VM failed, 2 bad configuration or usage.";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  anemone check vm.toml
+  anemone check vm.toml > complete.toml
+  anemone check vm.toml --dump-acpi tables && iasl -d tables/DSDT.aml
+
+Nothing runs, and no image is locked or written. What is printed is a configuration file with every
+default written out; the machine that it makes stands in comments.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a VM.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run {
+        /// The VM.
+        #[command(flatten)]
+        vm: Box<VmArgs>,
+        /// Write the ACPI tables of the machine into this folder, one file each.
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dump_acpi: Option<PathBuf>,
+    },
+    /// Validate a VM and print it with all defaults, its memory map, PCI slots and ports.
+    #[command(after_help = CHECK_EXAMPLES)]
+    Check {
+        /// The VM.
+        #[command(flatten)]
+        vm: Box<VmArgs>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// Write the ACPI tables of the machine into this folder, one file each.
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dump_acpi: Option<PathBuf>,
+    },
+    /// Print the accelerators, machines, CPU models and devices of this build.
+    Devices {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print what this host offers, which layers of the jail work here, and what each process may
+    /// do.
+    Doctor {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// Print the system calls that each process may make, with the reasons.
+        #[arg(long, conflicts_with = "json")]
+        policies: bool,
+    },
+}
+
+/// The VM: a file, options, or both.
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    /// Configuration file.
+    #[arg(value_name = "VM.toml", value_hint = ValueHint::FilePath)]
+    file: Option<PathBuf>,
+    /// Kernel image: bzImage or ELF.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    kernel: Option<PathBuf>,
+    /// Initial RAM file system.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; by default it names the consoles of the machine.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<CommandLine>,
+    /// Name of the VM in messages.
+    #[arg(long, value_name = "NAME")]
+    name: Option<Id>,
+    /// Machine and version.
+    #[arg(long, value_parser = words::<Machine>(Machine::WORDS))]
+    machine: Option<Machine>,
+    /// What runs the guest: auto (the first that can run a stock kernel), kvm, or
+    /// none,socket=PATH (no CPU, a test drives the machine).
+    #[arg(long, value_name = "TYPE[,KEY=VALUE]", value_parser = list::<Accel>)]
+    accel: Option<Accel>,
+    /// Virtual CPUs, 1 to 64: N[,model=host].
+    #[arg(long, value_name = "COUNT[,KEY=VALUE]", value_parser = list::<Cpus>)]
+    cpus: Option<Cpus>,
+    /// Guest memory, for example 512M or 2G.
+    #[arg(long, value_name = "SIZE", value_parser = list::<Memory>)]
+    memory: Option<Memory>,
+    /// A disk; may be given several times. Keys: path, format=raw, readonly, id, slot, queues,
+    /// serial, binary; or socket=PATH for a vhost-user-blk back end that already runs.
+    #[arg(
+        long,
+        value_name = "PATH[,KEY=VALUE...]",
+        value_parser = list::<Disk>,
+        value_hint = ValueHint::FilePath
+    )]
+    disk: Vec<Disk>,
+    /// Where the virtio console goes: stdio (the default), pty, file=PATH, unix=PATH or none.
+    /// Other keys: id, slot, binary, socket.
+    #[arg(long, value_name = "SINK[,KEY=VALUE...]", value_parser = list::<Console>)]
+    console: Option<Console>,
+    /// Where a 16550 serial port goes: stdio, pty, file=PATH, unix=PATH or none (the default).
+    /// Other keys: id, binary.
+    #[arg(long, value_name = "SINK[,KEY=VALUE...]", value_parser = list::<Serial>)]
+    serial: Option<Serial>,
+    /// An entropy source. Keys: rate (bytes per second), id, slot, binary, socket; or off.
+    #[arg(
+        long,
+        value_name = "KEY=VALUE...",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        value_parser = switch::<Rng>
+    )]
+    rng: Option<Switch<Rng>>,
+    /// The device by which the guest reports a kernel panic: on (the default), off or slot=N.
+    #[arg(long, value_name = "on|off|slot=N", value_parser = switch::<PanicDevice>)]
+    panic_device: Option<Switch<PanicDevice>>,
+    /// What happens when the guest resets.
+    #[arg(long, value_name = "ACTION", value_parser = words::<OnReboot>(OnReboot::WORDS))]
+    on_reboot: Option<OnReboot>,
+    /// What happens when the guest's kernel panics.
+    #[arg(long, value_name = "ACTION", value_parser = words::<OnPanic>(OnPanic::WORDS))]
+    on_panic: Option<OnPanic>,
+    /// The jail of all processes: kill on a forbidden system call, or only report it.
+    #[arg(long, value_name = "MODE", value_parser = words::<Sandbox>(Sandbox::WORDS))]
+    sandbox: Option<Sandbox>,
+}
+
+fn list<T: Short>(text: &str) -> Result<T, keyvalue::Error> {
+    T::from_text(text)
+}
+
+fn switch<T: Short + Default>(text: &str) -> Result<Switch<T>, keyvalue::Error> {
+    Switch::from_text(text)
+}
+
+/// One of a few words, which help and completions list.
+fn words<T>(allowed: &'static [&'static str]) -> ValueParser
+where
+    T: FromStr<Err: Display> + Clone + Send + Sync + 'static,
+{
+    let parser = PossibleValuesParser::new(allowed);
+    ValueParser::new(parser.try_map(|word| word.parse::<T>().map_err(|e| e.to_string())))
+}
+
+/// The command line as `clap` describes it, for manual pages and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+impl VmArgs {
+    /// Reads the file, lays the options over it, and checks the whole.
+    pub(crate) fn resolve(self) -> Result<Vm, Error> {
+        let mut config = match &self.file {
+            Some(path) => Config::from_file(path)?,
+            None => Config::default(),
+        };
+        self.lay_over(&mut config);
+        if config.console.is_none() && registry::device("console").is_err() {
+            config.console = Some(Console {
+                kind: Some(SinkType::None),
+                ..Console::default()
+            });
+        }
+        Ok(config.resolve()?)
+    }
+
+    fn lay_over(self, config: &mut Config) {
+        fn replace<T>(target: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+        fn replace_optional<T>(target: &mut Option<T>, value: Option<T>) {
+            if value.is_some() {
+                *target = value;
+            }
+        }
+        replace_optional(&mut config.kernel, self.kernel);
+        replace_optional(&mut config.initrd, self.initrd);
+        replace_optional(&mut config.cmdline, self.cmdline);
+        replace_optional(&mut config.name, self.name);
+        replace(&mut config.machine, self.machine);
+        replace(&mut config.accel, self.accel);
+        replace(&mut config.cpus, self.cpus);
+        replace(&mut config.memory, self.memory);
+        config.disk.extend(self.disk);
+        replace_optional(&mut config.console, self.console);
+        replace_optional(&mut config.serial, self.serial);
+        replace_optional(&mut config.rng, self.rng);
+        replace_optional(&mut config.panic_device, self.panic_device);
+        replace(&mut config.on_reboot, self.on_reboot);
+        replace(&mut config.on_panic, self.on_panic);
+        replace(&mut config.sandbox, self.sandbox);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(line: &str) -> Result<Vm, Error> {
+        let words = line.split_whitespace();
+        match Cli::try_parse_from(["anemone", "run"].into_iter().chain(words))
+            .expect("a valid command line")
+            .command
+        {
+            Command::Run { vm, .. } => vm.resolve(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn clap_accepts_the_definition() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn options_replace_and_disks_add_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("vm.toml");
+        std::fs::write(
+            &file,
+            "kernel = \"/k\"\ncpus = 2\nmemory = \"1G\"\nrng = \"rate=1K\"\ndisk = [\"/a\"]\n",
+        )
+        .unwrap();
+        let vm = resolve(&format!(
+            "{} --cpus 4 --disk /b,readonly --rng --console none",
+            file.display()
+        ))
+        .unwrap();
+        assert_eq!(vm.config.cpus.count.get(), 4);
+        assert_eq!(vm.config.memory.size.bytes(), 1 << 30);
+        let names: Vec<_> = vm.devices.iter().map(|device| device.id.as_str()).collect();
+        assert_eq!(names, ["rng", "disk0", "disk1"]);
+        // `--rng` replaces the table of the file, its rate included.
+        assert!(matches!(
+            vm.config.rng,
+            Some(Switch::On(Rng { rate: None, .. }))
+        ));
+    }
+
+    #[test]
+    fn rng_does_not_swallow_the_file() {
+        let error = resolve("--rng /no/such.toml").unwrap_err().to_string();
+        assert!(error.contains("/no/such.toml"), "{error}");
+        let vm = resolve("--kernel k --rng=rate=2K,slot=5").unwrap();
+        assert!(vm.devices.iter().any(|device| device.slot == 5));
+        let vm = resolve("--kernel k --rng=off").unwrap();
+        assert_eq!(vm.devices.len(), 1);
+    }
+}

@@ -1,0 +1,245 @@
+//! Opens what the configuration names, and says what is wrong with it.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::sys;
+
+/// A file or socket of the configuration cannot be used.
+#[derive(Debug, Error)]
+#[error("{owner}: {}: {reason}", path.display())]
+pub struct OpenError {
+    owner: String,
+    path: PathBuf,
+    reason: Reason,
+}
+
+/// What is wrong with it.
+#[derive(Debug, Error)]
+pub enum Reason {
+    /// The system's answer.
+    #[error("{0}")]
+    System(#[from] io::Error),
+    /// A folder, a pipe or a device where a file was expected.
+    #[error("not a {0}")]
+    NotA(&'static str),
+    /// Nothing in it.
+    #[error("the file is empty")]
+    Empty,
+    /// Not a whole number of sectors.
+    #[error("the size of {0} bytes is not a multiple of 512")]
+    PartialSector(u64),
+    /// The user may not write.
+    #[error("it is read-only and cannot be opened for writing; add `readonly` to the disk")]
+    ReadOnly,
+    /// Somebody holds the lock.
+    #[error("it is in use by another VM{0}")]
+    Locked(&'static str),
+    /// It cannot fit.
+    #[error("its {size} bytes do not fit into the guest's memory of {memory} bytes")]
+    TooLarge {
+        /// Size of the file.
+        size: u64,
+        /// Size of guest memory.
+        memory: u64,
+    },
+    /// Somebody listens there already.
+    #[error("another program listens at this socket")]
+    SocketTaken,
+    /// Nobody listens there.
+    #[error("cannot connect: {0}")]
+    Connect(io::Error),
+}
+
+impl OpenError {
+    /// An error about `path`, which `owner` (a key or a device) names.
+    pub fn new(owner: impl Into<String>, path: &Path, reason: impl Into<Reason>) -> Self {
+        Self {
+            owner: owner.into(),
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// Opens a kernel or an initial RAM file system: a regular file, smaller than guest memory.
+pub fn open_boot_file(owner: &str, path: &Path, memory: u64) -> Result<File, OpenError> {
+    let error = |reason| OpenError::new(owner, path, reason);
+    // Looked at before it is opened: opening a pipe would wait for its writer.
+    let metadata = path.metadata().map_err(|e| error(e.into()))?;
+    if !metadata.is_file() {
+        return Err(error(Reason::NotA("regular file")));
+    }
+    match metadata.len() {
+        0 => return Err(error(Reason::Empty)),
+        size if size >= memory => return Err(error(Reason::TooLarge { size, memory })),
+        _ => {}
+    }
+    File::open(path).map_err(|e| error(e.into()))
+}
+
+/// Opens a disk image, a regular file or a block device.
+pub fn open_image(id: &str, path: &Path, readonly: bool) -> Result<File, OpenError> {
+    let error = |reason| OpenError::new(format!("disk `{id}`"), path, reason);
+    let metadata = path.metadata().map_err(|e| error(e.into()))?;
+    if !metadata.is_file() && !metadata.file_type().is_block_device() {
+        return Err(error(Reason::NotA("regular file or block device")));
+    }
+    if !readonly && has_no_writer(&metadata) {
+        return Err(error(Reason::ReadOnly));
+    }
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(!readonly)
+        .open(path)
+        .map_err(|e| {
+            error(match e.raw_os_error() {
+                Some(libc::EACCES | libc::EPERM | libc::EROFS)
+                    if !readonly && File::open(path).is_ok() =>
+                {
+                    Reason::ReadOnly
+                }
+                _ => e.into(),
+            })
+        })?;
+    // The metadata of a block device does not hold its size.
+    let size = file
+        .seek(SeekFrom::End(0))
+        .and_then(|size| file.rewind().map(|()| size))
+        .map_err(|e| error(e.into()))?;
+    match size {
+        0 => Err(error(Reason::Empty)),
+        size if size % 512 != 0 => Err(error(Reason::PartialSector(size))),
+        _ => Ok(file),
+    }
+}
+
+/// Nobody may write the file. Its owner means it; to root the system would not say so.
+fn has_no_writer(metadata: &Metadata) -> bool {
+    metadata.is_file() && metadata.mode() & 0o222 == 0
+}
+
+/// Reserves an image for this VM: for itself, or with other readers.
+pub fn lock_image(id: &str, path: &Path, file: &File, readonly: bool) -> Result<(), OpenError> {
+    let error = |reason| OpenError::new(format!("disk `{id}`"), path, reason);
+    match sys::lock(file.as_fd(), !readonly) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(error(Reason::Locked(if readonly {
+            ", which writes to it"
+        } else {
+            " or twice by this one (images can be shared only if all users add `readonly`)"
+        }))),
+        // Some network file systems have no locks; the VM runs without.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOLCK | libc::EOPNOTSUPP)) => {
+            log::warn!("disk `{id}`: {}: cannot be locked: {e}", path.display());
+            Ok(())
+        }
+        Err(e) => Err(error(e.into())),
+    }
+}
+
+/// Opens the file that a console's output is appended to.
+pub fn open_output(owner: &str, path: &Path) -> Result<OwnedFd, OpenError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(|e| OpenError::new(owner, path, e))
+}
+
+/// A socket that listens at a path, which disappears with it.
+#[derive(Debug)]
+pub struct Listener {
+    /// The socket.
+    pub socket: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Whoever removed it already has done this work.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Listens at `path`. A socket left there by a process that is gone is replaced.
+pub fn listen(owner: &str, path: &Path) -> Result<Listener, OpenError> {
+    let error = |reason| OpenError::new(owner, path, reason);
+    let socket = match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            match path.symlink_metadata() {
+                Ok(metadata) if metadata.file_type().is_socket() => {}
+                _ => return Err(error(Reason::NotA("socket"))),
+            }
+            match UnixStream::connect(path) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
+                _ => return Err(error(Reason::SocketTaken)),
+            }
+            std::fs::remove_file(path)
+                .and_then(|()| UnixListener::bind(path))
+                .map_err(|e| error(e.into()))?
+        }
+        other => other.map_err(|e| error(e.into()))?,
+    };
+    Ok(Listener {
+        socket,
+        path: path.to_owned(),
+    })
+}
+
+/// Connects to a back end that runs already.
+pub fn connect(owner: &str, path: &Path) -> Result<UnixStream, OpenError> {
+    UnixStream::connect(path).map_err(|e| OpenError::new(owner, path, Reason::Connect(e)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn images_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let message = |readonly| open_image("d", &path, readonly).unwrap_err().to_string();
+        assert!(message(false).contains("No such file"));
+        std::fs::write(&path, b"").unwrap();
+        assert!(message(false).ends_with("the file is empty"));
+        std::fs::write(&path, [0; 513]).unwrap();
+        assert!(message(false).contains("513 bytes is not a multiple of 512"));
+        std::fs::write(&path, [0; 1024]).unwrap();
+        assert!(open_image("d", &path, false).is_ok());
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o444)).unwrap();
+        assert!(message(false).contains("add `readonly`"));
+        assert!(open_image("d", &path, true).is_ok());
+        let error = open_image("d", folder.path(), true).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("not a regular file or block device")
+        );
+    }
+
+    #[test]
+    fn a_socket_left_behind_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let live = listen("console", &path).unwrap();
+        let error = listen("console", &path).unwrap_err().to_string();
+        assert!(error.contains("another program listens"), "{error}");
+        drop(live);
+        assert!(!path.exists());
+        std::fs::write(&path, "text").unwrap();
+        let error = listen("console", &path).unwrap_err().to_string();
+        assert!(error.contains("not a socket"), "{error}");
+        assert!(path.exists());
+    }
+}

@@ -1,0 +1,540 @@
+//! `anemone run`: starts the processes of a VM, reacts to what happens, and ends them.
+//!
+//! ```text
+//!            all ready: Start              Shutdown, quit, failure
+//!  Starting ───────────────▶ Running ───────────────────────────────▶ closed
+//!     ▲                         │ Reset, panic (as configured)
+//!     └── a new VMM process ────┘ the device processes stay
+//! ```
+
+mod backend;
+
+use std::io::stdin;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anemone_config::{OnPanic, OnReboot, Vm};
+use anemone_ipc::device::{FromDevice, ToDevice};
+use anemone_ipc::vmm::{Event, FromVmm, ToVmm};
+use log::LevelFilter;
+
+use crate::accel::{self, Environment, Opened};
+use crate::acpi_dump;
+use crate::error::{Error, printable, system};
+use crate::programs::Programs;
+use crate::registry;
+use crate::spawn::Process;
+use crate::sys::{self, Exit, Signals};
+use crate::terminal::RawMode;
+use crate::vmm::{Vmm, ending};
+use crate::wiring::{BootFiles, Wiring};
+use backend::{Backend, Prepared};
+
+/// Time the processes may take until all are ready. Unpacking a kernel in a VM within a VM is slow.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// Time the guest has to power off when it is asked to.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Time the VMM may take to end after the guest has ended.
+const VMM_END_LIMIT: Duration = Duration::from_secs(3);
+/// Time the device processes may take to finish what they have begun.
+const DEVICE_END_LIMIT: Duration = Duration::from_secs(10);
+/// Messages taken from one process before others have their turn.
+const BURST: usize = 64;
+
+/// Runs the VM until it ends.
+pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(), Error> {
+    sys::close_on_exec_from(3).map_err(system("close_range"))?;
+    let signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
+        .map_err(system("signalfd"))?;
+    // All that can be wrong with the configuration is found before anything starts.
+    let programs = Programs::new();
+    let vmm_path = programs.find(registry::VMM, None)?;
+    let boot = BootFiles::open(&vm)?;
+    let prepared = backend::prepare(&vm, &programs)?;
+    let environment = Environment {
+        programs: &programs,
+        sandbox: vm.config.sandbox,
+        log_level,
+    };
+    let accel = accel::open(&vm, environment, &signals)?;
+    let host = Host {
+        vm: &vm,
+        boot,
+        accel,
+        environment,
+        vmm_path,
+        signals,
+    };
+    let mut session = Session::start(&host, prepared, dump_to)?;
+    let result = session.serve();
+    session.close(&result);
+    result.map(|_| ())
+}
+
+/// What stays the same while VMM processes come and go.
+struct Host<'a> {
+    vm: &'a Vm,
+    boot: BootFiles,
+    accel: Opened,
+    environment: Environment<'a>,
+    vmm_path: PathBuf,
+    signals: Signals,
+}
+
+/// The processes of the VM. Fields are dropped, and processes killed, in this order.
+struct Session<'a> {
+    host: &'a Host<'a>,
+    vmm: Vmm,
+    backends: Vec<Backend>,
+    /// The VMM's ends of the back ends' connections, in their order.
+    connections: Vec<UnixStream>,
+    phase: Phase,
+    dump_to: Option<(&'a Path, std::os::fd::OwnedFd)>,
+    raw_mode: Option<RawMode>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Starting {
+        deadline: Instant,
+        vmm_ready: bool,
+    },
+    Running,
+    /// The guest has been asked to power off.
+    Stopping {
+        deadline: Instant,
+    },
+}
+
+/// How the guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// It powered off; the VMM ends by itself.
+    Shutdown,
+    /// The user ended it.
+    Quit,
+}
+
+/// What a turn of the loop decided.
+enum Turn {
+    Continue,
+    Restart,
+    End(End),
+}
+
+/// What poll found ready.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Vmm,
+    Backend(usize),
+    VmmExit,
+    BackendExit(usize),
+    Signals,
+}
+
+impl Phase {
+    fn starting() -> Self {
+        Self::Starting {
+            deadline: Instant::now() + START_LIMIT,
+            vmm_ready: false,
+        }
+    }
+}
+
+impl<'a> Session<'a> {
+    /// Starts all processes: the VMM first, which has most to do, then the devices.
+    fn start(
+        host: &'a Host<'a>,
+        prepared: Vec<Prepared>,
+        dump_to: Option<&'a Path>,
+    ) -> Result<Self, Error> {
+        let vmm = Vmm::start(&host.vmm_path, host.environment)?;
+        let mut backends = Vec::with_capacity(prepared.len());
+        let mut connections = Vec::with_capacity(prepared.len());
+        for part in prepared {
+            let (backend, connection) = part.start(host.environment)?;
+            backends.push(backend);
+            connections.push(connection);
+        }
+        let dump_to = match dump_to {
+            Some(folder) => {
+                let file = sys::memfd("acpi-tables", 0).map_err(system("memfd_create"))?;
+                Some((folder, file))
+            }
+            None => None,
+        };
+        let session = Self {
+            host,
+            vmm,
+            backends,
+            connections,
+            phase: Phase::starting(),
+            dump_to,
+            raw_mode: None,
+        };
+        session.configure()?;
+        Ok(session)
+    }
+
+    fn configure(&self) -> Result<(), Error> {
+        let vm = self.host.vm;
+        Wiring {
+            vm,
+            boot: &self.host.boot,
+            accel: Some(&self.host.accel),
+            sockets: Some(&self.connections),
+            // The 16550 comes after the devices, if there is one.
+            serial: self.connections.get(vm.devices.len()),
+            acpi_dump: self.dump_to.as_ref().map(|(_, file)| file),
+        }
+        .send(&self.vmm.channel)
+    }
+
+    /// A new VMM process with new memory; the devices stay.
+    fn restart(&mut self) -> Result<(), Error> {
+        self.vmm.process.kill();
+        self.host.boot.rewind()?;
+        self.vmm = Vmm::start(&self.host.vmm_path, self.host.environment)?;
+        for (backend, connection) in self.backends.iter().zip(&mut self.connections) {
+            let old = connection.try_clone().map_err(system("dup"))?;
+            *connection = backend.reconnect(old)?;
+        }
+        self.phase = Phase::starting();
+        self.configure()
+    }
+
+    /// Reacts to what happens until the guest ends.
+    fn serve(&mut self) -> Result<End, Error> {
+        loop {
+            match self.turn()? {
+                Turn::Continue => {}
+                Turn::Restart => self.restart()?,
+                Turn::End(end) => return Ok(end),
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<Turn, Error> {
+        let now = Instant::now();
+        let left = match &self.phase {
+            Phase::Running => None,
+            Phase::Starting { deadline, .. } | Phase::Stopping { deadline } => {
+                let left = deadline.saturating_duration_since(now);
+                if left.is_zero() {
+                    return Err(self.out_of_time());
+                }
+                Some(left)
+            }
+        };
+        for source in self.wait(left)? {
+            let turn = match source {
+                Source::Vmm => self.hear_vmm()?,
+                Source::Backend(index) => self.hear_backend(index)?,
+                Source::VmmExit => return Err(self.vmm.failure()),
+                Source::BackendExit(index) => return Err(self.backend_failure(index, None)),
+                Source::Signals => self.take_signals()?,
+            };
+            if !matches!(turn, Turn::Continue) {
+                return Ok(turn);
+            }
+        }
+        self.begin_if_ready()?;
+        Ok(Turn::Continue)
+    }
+
+    /// What is ready. Messages come before the ends of their senders.
+    fn wait(&self, limit: Option<Duration>) -> Result<Vec<Source>, Error> {
+        let mut sources = vec![Source::Vmm];
+        let mut fds = vec![sys::readable(self.vmm.channel.as_fd())];
+        let children = || {
+            self.backends
+                .iter()
+                .enumerate()
+                .filter_map(|(index, backend)| backend.child().map(|child| (index, child)))
+        };
+        for (index, child) in children() {
+            if let Some(channel) = &child.channel {
+                sources.push(Source::Backend(index));
+                fds.push(sys::readable(channel.as_fd()));
+            }
+        }
+        sources.push(Source::VmmExit);
+        fds.push(sys::readable(self.vmm.process.as_fd()));
+        for (index, child) in children() {
+            sources.push(Source::BackendExit(index));
+            fds.push(sys::readable(child.process.as_fd()));
+        }
+        sources.push(Source::Signals);
+        fds.push(sys::readable(self.host.signals.as_fd()));
+        sys::poll(&mut fds, limit).map_err(system("poll"))?;
+        let ready = sources.into_iter().zip(&fds);
+        Ok(ready
+            .filter(|(_, fd)| fd.revents != 0)
+            .map(|(source, _)| source)
+            .collect())
+    }
+
+    fn hear_vmm(&mut self) -> Result<Turn, Error> {
+        for _ in 0..BURST {
+            let message = match self.vmm.channel.recv::<FromVmm>() {
+                Ok(received) => received.message,
+                Err(error) if error.is_would_block() => break,
+                Err(anemone_ipc::Error::Closed) => return Err(self.vmm.failure()),
+                Err(error) => return Err(self.vmm_nonsense(&error.to_string())),
+            };
+            let turn = match message {
+                FromVmm::Ready(_) => match &mut self.phase {
+                    Phase::Starting { vmm_ready, .. } if !*vmm_ready => {
+                        *vmm_ready = true;
+                        Turn::Continue
+                    }
+                    _ => return Err(self.vmm_nonsense("it was ready already")),
+                },
+                FromVmm::Refused { message } => return Err(Error::Refused(printable(&message))),
+                FromVmm::Event(event) => self.guest_event(event)?,
+            };
+            if !matches!(turn, Turn::Continue) {
+                return Ok(turn);
+            }
+        }
+        Ok(Turn::Continue)
+    }
+
+    fn vmm_nonsense(&self, what: &str) -> Error {
+        Error::Failed(format!(
+            "{} broke the protocol: {}",
+            self.vmm.process.name(),
+            printable(what)
+        ))
+    }
+
+    fn guest_event(&mut self, event: Event) -> Result<Turn, Error> {
+        let config = &self.host.vm.config;
+        match event {
+            Event::Shutdown => Ok(Turn::End(End::Shutdown)),
+            Event::Reset { cause } => {
+                let stop = matches!(self.phase, Phase::Stopping { .. });
+                if stop || config.on_reboot == OnReboot::Stop {
+                    return Ok(Turn::End(End::Shutdown));
+                }
+                log::info!("the guest resets ({})", printable(&cause));
+                self.vmm.process.wait(VMM_END_LIMIT);
+                Ok(Turn::Restart)
+            }
+            Event::Panic => match config.on_panic {
+                OnPanic::Stop => Err(Error::Failed(
+                    "the guest's kernel panicked; its console says why".to_owned(),
+                )),
+                OnPanic::Restart => {
+                    log::warn!("the guest's kernel panicked; starting it again");
+                    Ok(Turn::Restart)
+                }
+                OnPanic::Ignore => {
+                    anemone_log::warn_limited!("the guest's kernel panicked; it goes on");
+                    Ok(Turn::Continue)
+                }
+            },
+            Event::DeviceFailed { id, reason } => {
+                let reason = printable(&reason);
+                match self.backends.iter().position(|backend| backend.id == id) {
+                    Some(index) => Err(self.backend_failure(index, Some(&reason))),
+                    None => Err(Error::Failed(format!(
+                        "device `{}`: {reason}",
+                        printable(&id)
+                    ))),
+                }
+            }
+            Event::Failed { message } => Err(Error::Failed(format!(
+                "{}: {}",
+                self.vmm.process.name(),
+                printable(&message)
+            ))),
+        }
+    }
+
+    fn hear_backend(&mut self, index: usize) -> Result<Turn, Error> {
+        for _ in 0..BURST {
+            let Some(channel) = self.backends[index]
+                .child()
+                .and_then(|c| c.channel.as_ref())
+            else {
+                break;
+            };
+            let message = match channel.recv::<FromDevice>() {
+                Ok(received) => received.message,
+                Err(error) if error.is_would_block() => break,
+                Err(anemone_ipc::Error::Closed) => {
+                    return Err(self.backend_failure(index, None));
+                }
+                Err(error) => {
+                    let reason = format!("it broke the protocol: {error}");
+                    return Err(self.backend_failure(index, Some(&printable(&reason))));
+                }
+            };
+            let Some(child) = self.backends[index].child_mut() else {
+                break;
+            };
+            match message {
+                FromDevice::Ready => child.ready = true,
+                FromDevice::Failed { message } => {
+                    let text = format!("{}: {}", child.process.name(), printable(&message));
+                    return Err(self.named(index, &text));
+                }
+                // Only the console on this terminal has a user who can ask for something.
+                _ if !child.on_stdio() => {
+                    return Err(self.backend_failure(index, Some("it broke the protocol")));
+                }
+                FromDevice::QuitRequested => return Ok(Turn::End(End::Quit)),
+                FromDevice::PowerRequested => self.press_power_button(),
+            }
+        }
+        Ok(Turn::Continue)
+    }
+
+    /// The error for a back end that has ended or is of no use. How its process ended says more
+    /// than what the VMM saw of it.
+    fn backend_failure(&mut self, index: usize, reason: Option<&str>) -> Error {
+        let text = match (self.backends[index].child_mut(), reason) {
+            (Some(child), None) => ending(&mut child.process),
+            (Some(child), Some(reason)) => match child.process.wait(Duration::from_millis(500)) {
+                Some(exit) => format!("{}, {exit}", child.process.name()),
+                None => format!("{}: {reason}", child.process.name()),
+            },
+            (None, reason) => reason.unwrap_or("its back end is gone").to_owned(),
+        };
+        self.named(index, &text)
+    }
+
+    fn named(&self, index: usize, text: &str) -> Error {
+        Error::Failed(format!("device `{}`: {text}", self.backends[index].id))
+    }
+
+    fn out_of_time(&self) -> Error {
+        if let Phase::Starting { vmm_ready, .. } = self.phase {
+            let vmm = (!vmm_ready).then_some(&self.vmm.process);
+            let children = self.backends.iter().filter_map(Backend::child);
+            let late = children.filter(|child| !child.ready).map(|c| &c.process);
+            let names: Vec<_> = vmm.into_iter().chain(late).map(Process::name).collect();
+            return Error::Failed(format!(
+                "not ready within {} seconds: {}",
+                START_LIMIT.as_secs(),
+                names.join("; ")
+            ));
+        }
+        Error::Failed(format!(
+            "the guest did not power off within {} seconds and was ended",
+            STOP_LIMIT.as_secs()
+        ))
+    }
+
+    fn begin_if_ready(&mut self) -> Result<(), Error> {
+        let Phase::Starting {
+            vmm_ready: true, ..
+        } = self.phase
+        else {
+            return Ok(());
+        };
+        let mut children = self.backends.iter().filter_map(Backend::child);
+        if !children.all(|child| child.ready) {
+            return Ok(());
+        }
+        if let Some((folder, file)) = self.dump_to.take() {
+            acpi_dump::write(file, folder)?;
+        }
+        self.vmm.channel.send(&ToVmm::Start, &[])?;
+        self.phase = Phase::Running;
+        let mut children = self.backends.iter().filter_map(Backend::child);
+        if self.raw_mode.is_none() && children.any(|child| child.on_stdio()) {
+            self.raw_mode = RawMode::enter().map_err(system("terminal"))?;
+            if self.raw_mode.is_some() {
+                eprint!(
+                    "anemone: the guest's console is on this terminal; Ctrl-A x ends the VM, \
+                     Ctrl-A h lists the keys\r\n"
+                );
+            }
+        }
+        self.send_window_size();
+        Ok(())
+    }
+
+    /// Tells the console on this terminal how large it is.
+    fn send_window_size(&self) {
+        let Ok((columns, rows)) = sys::window_size(stdin().as_fd()) else {
+            return;
+        };
+        let mut children = self.backends.iter().filter_map(Backend::child);
+        if let Some(child) = children.find(|child| child.on_stdio())
+            && let Err(error) = child.tell(&ToDevice::WindowSize { columns, rows }, &[])
+        {
+            log::debug!("window size: {error}");
+        }
+    }
+
+    fn take_signals(&mut self) -> Result<Turn, Error> {
+        while let Some(signal) = self.host.signals.take() {
+            if signal == libc::SIGWINCH {
+                self.send_window_size();
+                continue;
+            }
+            let name = sys::signal_name(signal);
+            match self.phase {
+                Phase::Running => {
+                    self.press_power_button();
+                    log::info!("{name}: asked the guest to power off");
+                    self.phase = Phase::Stopping {
+                        deadline: Instant::now() + STOP_LIMIT,
+                    };
+                }
+                Phase::Starting { .. } => {
+                    return Err(Error::Failed(format!(
+                        "ended by {name} before the guest ran"
+                    )));
+                }
+                Phase::Stopping { .. } => {
+                    return Err(Error::Failed(format!(
+                        "ended by a second signal, {name}, before the guest had powered off"
+                    )));
+                }
+            }
+        }
+        Ok(Turn::Continue)
+    }
+
+    fn press_power_button(&self) {
+        if let Err(error) = self.vmm.channel.send(&ToVmm::PowerButton, &[]) {
+            log::warn!("power button: {error}");
+        }
+    }
+
+    /// Ends all processes: the VMM at once unless it is about to end, the devices after they have
+    /// finished what they have begun.
+    fn close(mut self, result: &Result<End, Error>) {
+        if matches!(result, Ok(End::Shutdown)) {
+            self.vmm.process.wait(VMM_END_LIMIT);
+        }
+        self.vmm.process.kill();
+        self.connections.clear();
+        let deadline = Instant::now() + DEVICE_END_LIMIT;
+        for backend in &mut self.backends {
+            if let Some(child) = backend.child_mut() {
+                child.channel = None;
+            }
+        }
+        for backend in &mut self.backends {
+            let id = backend.id.clone();
+            let Some(child) = backend.child_mut() else {
+                continue;
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            match child.process.wait(left) {
+                Some(Exit::Status(0)) => {}
+                // What went wrong has a message already.
+                Some(_) if result.is_err() => {}
+                Some(exit) => log::warn!("device `{id}`: {}, {exit}", child.process.name()),
+                None => log::warn!("device `{id}`: {} does not end", child.process.name()),
+            }
+        }
+    }
+}

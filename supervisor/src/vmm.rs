@@ -1,0 +1,69 @@
+//! The VMM process and the channel to it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anemone_ipc::Channel;
+
+use crate::accel::Environment;
+use crate::error::{Error, system};
+use crate::spawn::{Process, Program};
+
+/// Time a process may take from closing its channel to its end.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// A VMM process.
+#[derive(Debug)]
+pub struct Vmm {
+    /// The process.
+    pub process: Process,
+    /// The channel to it, non-blocking.
+    pub channel: Channel,
+}
+
+impl Vmm {
+    /// Starts one; it waits for its configuration.
+    pub fn start(path: &Path, environment: Environment<'_>) -> Result<Self, Error> {
+        let (channel, theirs) = anemone_ipc::pair().map_err(system("socketpair"))?;
+        channel
+            .set_nonblocking(true)
+            .map_err(system("socketpair"))?;
+        let theirs = theirs.into_fd();
+        let mut program = Program::new(path);
+        control_options(&mut program, &theirs, environment);
+        Ok(Self {
+            process: program.start()?,
+            channel,
+        })
+    }
+
+    /// The error for a VMM that has closed its channel or ended.
+    pub fn failure(&mut self) -> Error {
+        Error::Failed(ending(&mut self.process))
+    }
+}
+
+/// The options that all children have in common.
+pub fn control_options<'a>(
+    program: &mut Program<'a>,
+    channel: &'a std::os::fd::OwnedFd,
+    environment: Environment<'_>,
+) {
+    program
+        .fd_option("--control-fd", std::os::fd::AsFd::as_fd(channel))
+        .option("--parent-pid", std::process::id())
+        .option("--sandbox", environment.sandbox)
+        .option(
+            "--log-level",
+            environment.log_level.as_str().to_ascii_lowercase(),
+        );
+}
+
+/// What became of a process that should still be there: "NAME, pid N, was killed by SIGNAL".
+pub fn ending(process: &mut Process) -> String {
+    let name = process.name();
+    match process.wait(ENDING) {
+        Some(exit) => format!("{name}, {exit}"),
+        None => format!("{name}, closed its control channel but did not end"),
+    }
+}

@@ -1,0 +1,242 @@
+//! Plays `anemone-vmm` and the device processes. What it does stands in files of the folder it
+//! lies in, and what it has seen is written there:
+//!
+//! - `vmm.script`: one line per start of the VMM, the last one for all further starts; its words
+//!   are the steps of [`vmm`].
+//! - `ID.script`: the steps of the device `ID`, see [`device`].
+//! - `NAME.log`: what the process called NAME was given.
+
+use std::env;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::exit;
+use std::time::Duration;
+
+use anemone_ipc::device::{FromDevice, ToDevice};
+use anemone_ipc::vmm::{Accel, Event, FromVmm, Summary, ToVmm};
+use anemone_ipc::{CONTROL_FD, Channel};
+
+fn main() {
+    let program = env::current_exe().expect("/proc");
+    let folder = program.parent().expect("a folder").to_owned();
+    let args: Vec<String> = env::args().collect();
+    if args[1] == "--self-test" {
+        let text = fs::read_to_string(folder.join("self-test.script")).unwrap_or_default();
+        print!("{text}");
+        exit(i32::from(!text.is_empty()));
+    }
+    let parent = after(&args, "--parent-pid").expect("--parent-pid");
+    assert_eq!(parent, unix_parent(), "--parent-pid");
+    assert_eq!(after(&args, "--control-fd").as_deref(), Some("3"));
+    // SAFETY: the supervisor passes the control channel under this number; nothing else has it.
+    let channel = Channel::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    if program.ends_with("anemone-vmm") {
+        vmm(&folder, &channel);
+    } else {
+        device(&folder, &channel, &args);
+    }
+}
+
+fn after(args: &[String], name: &str) -> Option<String> {
+    let at = args.iter().position(|arg| arg == name)?;
+    args.get(at + 1).cloned()
+}
+
+fn unix_parent() -> String {
+    std::os::unix::process::parent_id().to_string()
+}
+
+fn note(folder: &Path, name: &str, text: &str) {
+    let path: PathBuf = folder.join(format!("{name}.log"));
+    let mut log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .expect("log");
+    writeln!(log, "{text}").expect("log");
+}
+
+fn descriptors() -> String {
+    let mut numbers: Vec<i32> = (0..64)
+        .filter(|n| fs::symlink_metadata(format!("/proc/self/fd/{n}")).is_ok())
+        .collect();
+    numbers.sort_unstable();
+    format!("{numbers:?}")
+}
+
+/// Steps: `refuse:TEXT`, `ready`, `start` (wait for it), `power` (wait for the button),
+/// `shutdown`, `reset`, `panic`, `device-failed:ID`, `failed:TEXT`, `nonsense`, `kill:SIGNAL`,
+/// `exit:STATUS`, `hang`. After the last step it exits with 0.
+fn vmm(folder: &Path, channel: &Channel) {
+    let start = fs::read_to_string(folder.join("vmm.log"))
+        .unwrap_or_default()
+        .matches("started")
+        .count();
+    note(folder, "vmm", &format!("started {}", descriptors()));
+    let script = fs::read_to_string(folder.join("vmm.script")).expect("vmm.script");
+    let lines: Vec<_> = script.lines().collect();
+    let line = lines.get(start).or(lines.last()).expect("a line");
+    let mut received = channel.recv::<ToVmm>().expect("configuration");
+    let ToVmm::Configure(config) = &received.message else {
+        panic!("expected a configuration");
+    };
+    let config = config.clone();
+    let mut kernel = String::new();
+    File::from(received.take(config.kernel).expect("kernel"))
+        .read_to_string(&mut kernel)
+        .expect("kernel");
+    let memory = File::from(received.take(config.memory_fd).expect("memory"));
+    assert_eq!(memory.metadata().expect("memory").len(), config.memory);
+    assert!(memory.set_len(0).is_err(), "guest memory is not sealed");
+    // Kept open as long as a real VMM would.
+    let mut sockets = Vec::new();
+    for device in &config.devices {
+        let socket = device.socket.map(|index| received.take(index));
+        sockets.push(socket.transpose().expect("socket"));
+        note(
+            folder,
+            "vmm",
+            &format!(
+                "device {} type {} slot {} queues {} config {} connected {}",
+                device.id,
+                device.device_type,
+                device.slot,
+                device.queues,
+                device.config_size,
+                device.socket.is_some()
+            ),
+        );
+    }
+    if let Some(index) = config.acpi_dump {
+        let mut table = b"DSDT\x28\0\0\0".to_vec();
+        table.resize(40, 7);
+        File::from(received.take(index).expect("dump"))
+            .write_all(&table)
+            .expect("dump");
+    }
+    if let Some(index) = config.serial {
+        File::from(received.take(index).expect("serial"))
+            .write_all(b"from the 16550\n")
+            .expect("serial");
+    }
+    let accel = match config.accel {
+        Accel::Kvm { .. } => "kvm",
+        Accel::None { socket: Some(_) } => "none",
+        Accel::None { socket: None } => "nothing",
+    };
+    note(
+        folder,
+        "vmm",
+        &format!(
+            "kernel {kernel:?} cmdline {:?} cpus {} memory {} accel {accel} panic {:?}",
+            config.cmdline, config.cpus, config.memory, config.panic_device
+        ),
+    );
+    let send = |message: &FromVmm| channel.send(message, &[]).expect("send");
+    let event = |event: Event| send(&FromVmm::Event(event));
+    for step in line.split_whitespace() {
+        let (word, value) = step.split_once(':').unwrap_or((step, ""));
+        match word {
+            "refuse" => send(&FromVmm::Refused {
+                message: value.to_owned(),
+            }),
+            "ready" => send(&FromVmm::Ready(Summary {
+                boot: "fake".to_owned(),
+                memory_map: vec![(0, config.memory, "RAM".to_owned())],
+                ports: vec![(0x600, 1, "sleep control".to_owned())],
+                pci: vec![(0, "1234:5678".to_owned(), "host bridge".to_owned())],
+            })),
+            "start" => match channel.recv::<ToVmm>() {
+                Ok(received) => assert!(matches!(received.message, ToVmm::Start)),
+                Err(anemone_ipc::Error::Closed) => exit(0),
+                Err(error) => panic!("{error}"),
+            },
+            "power" => {
+                let received = channel.recv::<ToVmm>().expect("message");
+                assert!(matches!(received.message, ToVmm::PowerButton));
+                note(folder, "vmm", "power button");
+            }
+            "shutdown" => event(Event::Shutdown),
+            "reset" => event(Event::Reset {
+                cause: "reset register".to_owned(),
+            }),
+            "panic" => event(Event::Panic),
+            "device-failed" => event(Event::DeviceFailed {
+                id: value.to_owned(),
+                reason: "no \x1b[31manswer".to_owned(),
+            }),
+            "failed" => event(Event::Failed {
+                message: value.to_owned(),
+            }),
+            "nonsense" => channel.send(&"nonsense", &[]).expect("send"),
+            other => common_step(other, value),
+        }
+    }
+}
+
+/// Steps: `ready`, `fail:TEXT`, `quit`, `power`, and those of [`vmm`] that end the process. After
+/// the last step it obeys its channel until that closes.
+fn device(folder: &Path, channel: &Channel, args: &[String]) {
+    let id = after(args, "--id").expect("--id");
+    note(
+        folder,
+        &id,
+        &format!("{} {}", args[1..].join(" "), descriptors()),
+    );
+    if let Some(fd) = after(args, "--file-fd") {
+        // SAFETY: the supervisor passes the descriptor under this number; nothing else has it.
+        let mut file = unsafe { File::from_raw_fd(fd.parse().expect("a number")) };
+        file.write_all(b"console output\n").expect("file");
+        note(folder, &id, &format!("file {}", file.as_raw_fd() > 3));
+    }
+    let script = fs::read_to_string(folder.join(format!("{id}.script")));
+    let send = |message: &FromDevice| channel.send(message, &[]).expect("send");
+    for step in script.as_deref().unwrap_or("ready").split_whitespace() {
+        let (word, value) = step.split_once(':').unwrap_or((step, ""));
+        match word {
+            "ready" => send(&FromDevice::Ready),
+            "fail" => send(&FromDevice::Failed {
+                message: value.to_owned(),
+            }),
+            "quit" => send(&FromDevice::QuitRequested),
+            "power" => send(&FromDevice::PowerRequested),
+            other => common_step(other, value),
+        }
+    }
+    let mut connections = Vec::new();
+    loop {
+        match channel.recv::<ToDevice>() {
+            Ok(mut received) => match received.message {
+                ToDevice::Connect { socket } => {
+                    connections.push(received.take(socket).expect("socket"));
+                    note(folder, &id, "connect");
+                }
+                ToDevice::WindowSize { columns, rows } => {
+                    note(folder, &id, &format!("window {columns}x{rows}"));
+                }
+            },
+            Err(anemone_ipc::Error::Closed) => break,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    note(folder, &id, "closed");
+}
+
+fn common_step(word: &str, value: &str) {
+    match word {
+        "sleep" => std::thread::sleep(Duration::from_millis(value.parse().expect("a number"))),
+        // SAFETY: ends this process, once the runtime no longer handles the signal.
+        "kill" => unsafe {
+            let signal = value.parse().expect("a number");
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        },
+        "exit" => exit(value.parse().expect("a number")),
+        "hang" => loop {
+            std::thread::park();
+        },
+        other => panic!("no step is called {other}"),
+    }
+}
