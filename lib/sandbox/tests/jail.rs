@@ -118,10 +118,14 @@ fn no_socket_leads_anywhere() {
 #[test]
 fn no_process_can_be_touched_and_no_privilege_gained() {
     for user in users() {
-        let sibling = start(*user, |handle| {
+        let mut sibling = start(*user, |handle| {
             handle.pause();
             0
         });
+        assert!(
+            sibling.wait_for_pause(),
+            "it has become the user it is to be"
+        );
         let target = sibling.pid as u64;
         let outcome = run(*user, || {
             assert_eq!(call(libc::SYS_kill, [target, 0, 0, 0, 0, 0]), 0);
