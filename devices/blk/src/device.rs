@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use anemone_device::{Device, Vring};
+use anemone_device::{Device, Mode, Vring};
 
 use crate::image::SECTOR_SIZE;
 use crate::request::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, feature};
@@ -23,9 +23,9 @@ pub struct Block {
 
 impl Block {
     /// A device with this many queues.
-    pub fn new(disk: Arc<Disk>, queues: usize, uring: bool) -> io::Result<Self> {
+    pub fn new(disk: Arc<Disk>, queues: usize, uring: bool, sandbox: Mode) -> io::Result<Self> {
         let queues = (0..queues)
-            .map(|index| Worker::new(index, Arc::clone(&disk), uring))
+            .map(|index| Worker::new(index, Arc::clone(&disk), uring, sandbox))
             .collect::<io::Result<_>>()?;
         Ok(Self { disk, queues })
     }

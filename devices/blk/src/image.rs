@@ -77,7 +77,12 @@ pub struct Geometry {
 /// An open disk image.
 #[derive(Debug)]
 pub struct Image {
+    /// For access.
     file: File,
+    /// Keeps the lock. The lock belongs to this open file and not to `file`, because the kernel
+    /// keeps files that were registered with a ring open for some time after the process has
+    /// ended, and the image must be free for the next user at once.
+    _lock: File,
     sectors: u64,
     read_only: bool,
     block_device: bool,
@@ -109,9 +114,8 @@ impl Image {
                 },
                 source,
             })?;
-        let image = Self::from_file(file, read_only)?;
-        image.lock(path)?;
-        Ok(image)
+        lock(&file, path, read_only)?;
+        Self::from_file(file, read_only)
     }
 
     /// Takes over an image that the caller has opened and locked.
@@ -143,35 +147,13 @@ impl Image {
         }
         let in_memory = !block_device && lives_in_memory(&file)?;
         Ok(Self {
-            file,
+            file: open_again(&file, read_only, in_memory)?,
+            _lock: file,
             sectors: size / SECTOR_SIZE,
             read_only,
             block_device,
             in_memory,
             geometry,
-        })
-    }
-
-    fn lock(&self, path: &Path) -> Result<(), Error> {
-        // SAFETY: all-zero is a valid flock: from offset 0 to the end, wherever that is, and an
-        // open file description lock wants its process id 0.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        lock.l_type = if self.read_only {
-            libc::F_RDLCK
-        } else {
-            libc::F_WRLCK
-        } as libc::c_short;
-        // SAFETY: F_OFD_SETLK reads the flock, which lives for the call.
-        if unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-            return Ok(());
-        }
-        let source = io::Error::last_os_error();
-        Err(match source.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => Error::InUse(path.to_owned()),
-            _ => Error::Lock {
-                path: path.to_owned(),
-                source,
-            },
         })
     }
 
@@ -205,6 +187,46 @@ impl AsRawFd for Image {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
+}
+
+/// Locks the whole file for as long as it is open.
+fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), Error> {
+    // SAFETY: all-zero is a valid flock: from offset 0 to the end, wherever that is, and an open
+    // file description lock wants its process id 0.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = if read_only {
+        libc::F_RDLCK
+    } else {
+        libc::F_WRLCK
+    } as libc::c_short;
+    // SAFETY: F_OFD_SETLK reads the flock, which lives for the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
+        return Ok(());
+    }
+    let source = io::Error::last_os_error();
+    Err(match source.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Error::InUse(path.to_owned()),
+        _ => Error::Lock {
+            path: path.to_owned(),
+            source,
+        },
+    })
+}
+
+/// Opens the same file once more. Where that is not possible (no /proc, or a file that only the
+/// parent may open), both share one open file.
+fn open_again(file: &File, read_only: bool, in_memory: bool) -> Result<File, Error> {
+    // A ring takes O_NONBLOCK on a file in memory as leave to access it at once instead of in a
+    // helper thread.
+    let flags = if in_memory { libc::O_NONBLOCK } else { 0 };
+    let again = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(flags | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    again
+        .or_else(|_| file.try_clone())
+        .map_err(|e| query("descriptor", e))
 }
 
 fn query(what: &'static str, source: io::Error) -> Error {

@@ -98,7 +98,7 @@ impl Program for Blk {
         Ok(true)
     }
 
-    fn open(self, _: &Common) -> Result<Block, Box<dyn Error>> {
+    fn open(self, common: &Common) -> Result<Block, Box<dyn Error>> {
         let image = match (self.image, self.image_fd) {
             (Some(path), None) => Image::open(&path, self.read_only)?,
             (None, Some(fd)) => Image::from_fd(fd, self.read_only)?,
@@ -110,7 +110,7 @@ impl Program for Blk {
             id: self.id,
             writeback: AtomicBool::new(true),
         });
-        let uring = || Block::new(Arc::clone(&disk), self.queues, true);
+        let uring = || Block::new(Arc::clone(&disk), self.queues, true, common.sandbox);
         let device = match self.io {
             Io::Uring => uring().map_err(|e| format!("io_uring does not work here: {e}"))?,
             // Nothing ever waits for a file in memory, and the kernel hands every access to one
@@ -119,10 +119,10 @@ impl Program for Blk {
                 Ok(device) => device,
                 Err(error) => {
                     log::warn!("io_uring does not work here ({error}): using --io sync");
-                    Block::new(disk, self.queues, false)?
+                    Block::new(disk, self.queues, false, common.sandbox)?
                 }
             },
-            Io::Auto | Io::Sync => Block::new(disk, self.queues, false)?,
+            Io::Auto | Io::Sync => Block::new(disk, self.queues, false, common.sandbox)?,
         };
         Ok(device)
     }

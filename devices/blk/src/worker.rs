@@ -1,6 +1,7 @@
 //! The thread of a queue, which lives as long as the process and serves the queue's ring whenever
 //! it is started.
 
+use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -8,9 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use anemone_device::Vring;
+use anemone_device::{Mode, Vring};
 
 use crate::engine::{DisabledRing, Engine, SyncEngine, UringEngine};
+use crate::policies;
 use crate::queue::serve;
 use crate::request::Disk;
 
@@ -37,6 +39,7 @@ struct Idle {
     disk: Arc<Disk>,
     stop: Arc<Stop>,
     ring: Option<DisabledRing>,
+    sandbox: Mode,
 }
 
 struct Thread {
@@ -54,8 +57,8 @@ pub struct Worker {
 
 impl Worker {
     /// Prepares queue number `index`; with `uring`, makes its ring. The thread starts with the
-    /// first ring, so that it inherits the system call filter.
-    pub fn new(index: usize, disk: Arc<Disk>, uring: bool) -> io::Result<Self> {
+    /// first virtqueue, when the process is in its jail, and restricts itself further.
+    pub fn new(index: usize, disk: Arc<Disk>, uring: bool, sandbox: Mode) -> io::Result<Self> {
         // SAFETY: eventfd takes no pointer.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if fd < 0 {
@@ -78,6 +81,7 @@ impl Worker {
                 disk,
                 stop,
                 ring,
+                sandbox,
             }),
             thread: None,
         })
@@ -148,7 +152,8 @@ impl Idle {
         ring: Option<DisabledRing>,
         commands: &Receiver<Vring>,
         replies: &Sender<Reply>,
-    ) -> io::Result<()> {
+    ) -> Result<(), Box<dyn Error>> {
+        anemone_sandbox::restrict(&policies::QUEUE, self.sandbox)?;
         let mut ring = ring;
         let mut engine: Box<dyn Engine> = match &mut ring {
             Some(ring) => Box::new(UringEngine::new(ring, &self.disk.image)?),

@@ -58,7 +58,7 @@ impl DisabledRing {
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
             opcode::PollAdd::CODE,
-            opcode::PollRemove::CODE,
+            opcode::AsyncCancel::CODE,
         ];
         let mut restrictions: Vec<_> = operations.map(Restriction::sqe_op).into();
         restrictions.extend([
@@ -142,40 +142,34 @@ impl<'r> UringEngine<'r> {
         }
     }
 
-    /// Polls the kick descriptor until told otherwise, for all kicks to come.
-    fn arm_kick(&mut self) -> io::Result<()> {
-        if self.kick_armed || self.kick_lost {
-            return Ok(());
+    /// Arms the polls that are not: both stay for every kick and stop request to come, and report
+    /// each once. Nothing has to be read to make them report again.
+    fn arm(&mut self) -> io::Result<()> {
+        if !self.kick_armed && !self.kick_lost {
+            self.poll(KICK, KICK_DATA)?;
+            self.kick_armed = true;
         }
-        let entry = opcode::PollAdd::new(KICK, libc::POLLIN as u32)
-            .multi(true)
-            .build()
-            .user_data(KICK_DATA);
-        // SAFETY: names no memory.
-        unsafe { self.push(&entry) }?;
-        self.kick_armed = true;
+        if !self.stop_armed {
+            self.poll(STOP, STOP_DATA)?;
+            self.stop_armed = true;
+        }
         Ok(())
     }
 
-    /// Polls for one stop request.
-    fn arm_stop(&mut self) -> io::Result<()> {
-        if self.stop_armed {
-            return Ok(());
-        }
-        let entry = opcode::PollAdd::new(STOP, libc::POLLIN as u32)
+    fn poll(&mut self, file: Fixed, data: u64) -> io::Result<()> {
+        let entry = opcode::PollAdd::new(file, libc::POLLIN as u32)
+            .multi(true)
             .build()
-            .user_data(STOP_DATA);
+            .user_data(data);
         // SAFETY: names no memory.
-        unsafe { self.push(&entry) }?;
-        self.stop_armed = true;
-        Ok(())
+        unsafe { self.push(&entry) }
     }
 
     fn take_completions(&mut self, events: &mut Vec<Event>) {
         self.completions.sync();
         for entry in &mut self.completions {
             match entry.user_data() {
-                STOP_DATA => self.stop_armed = false,
+                STOP_DATA => self.stop_armed = cqueue::more(entry.flags()),
                 KICK_DATA => {
                     self.kick_armed = cqueue::more(entry.flags());
                     if entry.result() < 0 && entry.result() != -libc::ECANCELED {
@@ -198,8 +192,7 @@ impl<'r> UringEngine<'r> {
 impl Engine for UringEngine<'_> {
     fn attach(&mut self, kick: RawFd) -> io::Result<()> {
         self.submitter.register_files_update(KICK.0, &[kick])?;
-        self.arm_stop()?;
-        self.arm_kick()
+        self.arm()
     }
 
     unsafe fn submit(&mut self, token: u16, op: &Op<'_>) -> io::Result<()> {
@@ -248,7 +241,7 @@ impl Engine for UringEngine<'_> {
     }
 
     fn wait(&mut self, block: bool, events: &mut Vec<Event>) -> io::Result<()> {
-        self.arm_kick()?;
+        self.arm()?;
         let block = block && self.done.is_empty();
         self.enter(usize::from(block))?;
         events.append(&mut self.done);
@@ -258,7 +251,8 @@ impl Engine for UringEngine<'_> {
 
     fn detach(&mut self) -> io::Result<()> {
         if self.kick_armed {
-            let entry = opcode::PollRemove::new(KICK_DATA)
+            // Removing the poll instead would fail while a kick is being reported.
+            let entry = opcode::AsyncCancel::new(KICK_DATA)
                 .build()
                 .flags(Flags::FIXED_FILE)
                 .user_data(CANCEL_DATA);
