@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use anemone_device::{Device, Host, Vring, Watch};
 
@@ -22,8 +23,9 @@ const STREAM: u64 = 2;
 
 /// Rounds of moving bytes in one go, so that a busy guest does not keep the main loop.
 const ROUNDS: usize = 16;
-/// How long the last output may take at the end of the process, in milliseconds.
-const LAST_WORDS: i32 = 200;
+/// How long the last output may take at the end of the process, and how long a pause in it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_PAUSE_MS: i32 = 200;
 /// Bytes read from the endpoint at once. Each may become two by the escape key.
 const READ_SIZE: usize = 256;
 
@@ -210,12 +212,13 @@ impl Device for Console {
 impl Drop for Console {
     /// The guest's last words are worth a moment.
     fn drop(&mut self) {
-        loop {
+        let end = Instant::now() + LAST_WORDS;
+        while Instant::now() < end {
             self.pump();
             let Some(output) = self.endpoint.output() else {
                 return;
             };
-            if self.output.is_empty() || sys::poll(output, libc::POLLOUT, LAST_WORDS) == 0 {
+            if self.output.is_empty() || sys::poll(output, libc::POLLOUT, LAST_PAUSE_MS) == 0 {
                 return;
             }
         }

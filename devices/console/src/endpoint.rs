@@ -21,9 +21,9 @@ pub const ARRIVAL: u64 = 12;
 
 /// Between two looks whether somebody has opened the pseudo-terminal; the kernel does not tell.
 const PTY_NAP: Duration = Duration::from_millis(250);
-/// Most bytes in one write. A pipe or terminal that another process keeps in blocking mode takes
+/// Most bytes in one write that may wait. A pipe or terminal that another process keeps in blocking mode takes
 /// so many without waiting once it has said that it can be written.
-const WRITE_SIZE: usize = 256;
+const CAREFUL_SIZE: usize = 256;
 
 /// Where the console's bytes come from and go to.
 pub struct Endpoint {
@@ -38,6 +38,8 @@ enum Kind {
     Pair {
         input: Option<File>,
         output: Option<File>,
+        /// Writing may wait, so it is done in small pieces.
+        careful: bool,
     },
     /// The master of a pseudo-terminal; the timer runs while nobody has the other side open.
     Pty { master: File, absent: Timer },
@@ -53,9 +55,11 @@ impl Endpoint {
     pub fn pair(input: Option<OwnedFd>, output: OwnedFd) -> io::Result<Self> {
         let size = input.as_ref().and_then(|fd| sys::window_size(fd.as_fd()));
         let input = input.map(|fd| sys::nonblocking(fd, false)).transpose()?;
+        let (output, careful) = sys::nonblocking(output, true)?;
         let kind = Kind::Pair {
-            input: input.map(File::from),
-            output: Some(sys::nonblocking(output, true)?.into()),
+            input: input.map(|(fd, _)| fd.into()),
+            output: Some(output.into()),
+            careful,
         };
         Ok(Self {
             kind,
@@ -168,7 +172,10 @@ impl Endpoint {
             // The kernel would keep the bytes for whoever comes next, and then stop taking any.
             self.input_gone();
         }
-        let part = &bytes[..bytes.len().min(WRITE_SIZE)];
+        let part = match &self.kind {
+            Kind::Pair { careful: true, .. } => &bytes[..bytes.len().min(CAREFUL_SIZE)],
+            _ => bytes,
+        };
         let result = match &mut self.kind {
             Kind::Pair {
                 output: Some(file), ..

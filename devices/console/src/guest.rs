@@ -96,7 +96,11 @@ impl Ring {
                         addr: GuestAddress(0),
                         left: 0,
                     },
-                    None if self.vring.enable_kicks()? => continue,
+                    // More has come meanwhile, or a driver plays with the index: it counts.
+                    None if self.vring.enable_kicks()? => {
+                        done += 1;
+                        continue;
+                    }
                     None => break,
                 },
             };
@@ -118,6 +122,7 @@ impl Ring {
         while !input.is_empty() && done < CHAINS_PER_CALL {
             let Some(chain) = self.vring.pop()? else {
                 if self.vring.enable_kicks()? {
+                    done += 1;
                     continue;
                 }
                 break;

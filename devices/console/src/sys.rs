@@ -105,8 +105,8 @@ pub fn window_size(terminal: BorrowedFd<'_>) -> Option<(u16, u16)> {
 
 /// Makes reading and writing of `fd` return instead of waiting, without a change for other
 /// processes that share it where that is possible: a terminal or a pipe is opened anew. What
-/// cannot be is left as it is.
-pub fn nonblocking(fd: OwnedFd, write: bool) -> io::Result<OwnedFd> {
+/// cannot be is left as it is, and then may wait: the second value says so.
+pub fn nonblocking(fd: OwnedFd, write: bool) -> io::Result<(OwnedFd, bool)> {
     let number = fd.as_raw_fd();
     let mut stat: MaybeUninit<libc::stat> = MaybeUninit::uninit();
     // SAFETY: fstat fills the structure when it succeeds.
@@ -116,10 +116,10 @@ pub fn nonblocking(fd: OwnedFd, write: bool) -> io::Result<OwnedFd> {
     };
     if kind == libc::S_IFSOCK {
         set_nonblocking(fd.as_fd())?;
-        return Ok(fd);
+        return Ok((fd, false));
     }
     if kind != libc::S_IFCHR && kind != libc::S_IFIFO {
-        return Ok(fd);
+        return Ok((fd, false));
     }
     let access = if write {
         libc::O_WRONLY
@@ -129,7 +129,10 @@ pub fn nonblocking(fd: OwnedFd, write: bool) -> io::Result<OwnedFd> {
     let flags = access | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
     let path = format!("/proc/self/fd/{number}\0");
     // SAFETY: the path ends with a zero.
-    Ok(owned(unsafe { libc::open(path.as_ptr().cast(), flags) }).unwrap_or(fd))
+    match owned(unsafe { libc::open(path.as_ptr().cast(), flags) }) {
+        Ok(own) => Ok((own, false)),
+        Err(_) => Ok((fd, true)),
+    }
 }
 
 /// Sets O_NONBLOCK for everybody who shares `fd`.
