@@ -113,8 +113,8 @@ impl Program for Blk {
         let uring = || Block::new(Arc::clone(&disk), self.queues, true, common.sandbox);
         let device = match self.io {
             Io::Uring => uring().map_err(|e| format!("io_uring does not work here: {e}"))?,
-            // Nothing ever waits for a file in memory, and the kernel hands every access to one
-            // through a ring to a helper thread.
+            // Nothing ever waits for a file in memory, but through a ring the kernel hands each
+            // write to one over to a helper thread.
             Io::Auto if !in_memory => match uring() {
                 Ok(device) => device,
                 Err(error) => {

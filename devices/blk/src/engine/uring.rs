@@ -274,3 +274,51 @@ impl Engine for UringEngine<'_> {
 fn length(buffer: &libc::iovec) -> u32 {
     u32::try_from(buffer.iov_len).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+    use super::*;
+
+    fn eventfd() -> OwnedFd {
+        // SAFETY: no pointer; a non-negative result is a new descriptor.
+        unsafe {
+            let fd = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+            assert!(fd >= 0);
+            OwnedFd::from_raw_fd(fd)
+        }
+    }
+
+    /// Whoever controls the process gets no more from the ring than the image and its eventfds.
+    #[test]
+    fn a_ring_does_nothing_but_its_work() {
+        let image = tempfile::tempfile().unwrap();
+        let stop = eventfd();
+        let mut ring = DisabledRing::new(&image, stop.as_fd()).unwrap();
+        let mut engine = UringEngine::new(&mut ring, &image).unwrap();
+        let kick = eventfd();
+        engine.attach(kick.as_raw_fd()).unwrap();
+        let mut buffer = [0u8; 8];
+        let unregistered = io_uring::types::Fd(image.as_raw_fd());
+        let entries = [
+            opcode::OpenAt::new(io_uring::types::Fd(libc::AT_FDCWD), c"/".as_ptr()).build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+            opcode::Read::new(unregistered, buffer.as_mut_ptr(), 8).build(),
+            opcode::Write::new(unregistered, buffer.as_ptr(), 8).build(),
+            opcode::Nop::new().build().flags(Flags::FIXED_FILE),
+        ];
+        let mut events = Vec::new();
+        for (token, entry) in entries.iter().enumerate() {
+            // SAFETY: the buffer and the name outlive the loop, at whose end nothing is in flight.
+            unsafe { engine.push(&entry.clone().user_data(token as u64)) }.unwrap();
+            events.clear();
+            engine.wait(true, &mut events).unwrap();
+            let (token, result) = (token as u16, -libc::EACCES);
+            assert_eq!(events, [Event::Done { token, result }], "{entry:?}");
+        }
+        let refused = engine.submitter.register_buffers_sparse(1).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+        engine.detach().unwrap();
+    }
+}
