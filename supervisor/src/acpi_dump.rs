@@ -11,6 +11,8 @@ use thiserror::Error as ThisError;
 const LONGEST: u64 = 4 << 20;
 /// Length of a table's header (ACPI 6.5, 5.2.6).
 const HEADER: usize = 36;
+/// Length of the root pointer (ACPI 6.5, 5.2.5.3), which is no table.
+const ROOT_POINTER: usize = 36;
 
 /// The tables could not be written.
 #[derive(Debug, ThisError)]
@@ -64,13 +66,18 @@ pub fn write(dump: OwnedFd, folder: &Path) -> Result<(), Error> {
 }
 
 /// The tables and their signatures. Signatures become names of files, so only the characters
-/// that the specification uses are taken. Zeros between tables are padding.
+/// that the specification uses are taken. Zeros between tables are padding; the root
+/// pointer is left out.
 fn split(bytes: &[u8]) -> Result<Vec<(&str, &[u8])>, Error> {
     let mut tables = Vec::new();
     let mut offset = 0;
     while let Some(padding) = bytes[offset..].iter().position(|byte| *byte != 0) {
         offset += padding;
         let rest = &bytes[offset..];
+        if rest.starts_with(b"RSD PTR ") && rest.len() >= ROOT_POINTER {
+            offset += ROOT_POINTER;
+            continue;
+        }
         let (signature, length) = head(rest).map_err(|found| Error::NotATable { offset, found })?;
         let table = rest.get(..length).ok_or_else(|| Error::NotATable {
             offset,
@@ -84,21 +91,11 @@ fn split(bytes: &[u8]) -> Result<Vec<(&str, &[u8])>, Error> {
 
 /// Signature and length of the table at the start of `bytes`, or what stands there instead.
 fn head(bytes: &[u8]) -> Result<(&str, usize), String> {
-    let number = |at: usize| {
-        let four = bytes.get(at..)?.first_chunk()?;
-        usize::try_from(u32::from_le_bytes(*four)).ok()
-    };
-    // The root pointer is no table: its signature has eight characters and its length stands
-    // elsewhere (ACPI 6.5, 5.2.5.3).
-    if bytes.starts_with(b"RSD PTR ") {
-        return match number(20) {
-            Some(length) if length >= HEADER => Ok(("RSDP", length)),
-            length => Err(format!("RSDP with a length of {length:?}")),
-        };
-    }
+    let length = bytes.get(4..).and_then(|rest| rest.first_chunk());
+    let length = length.map(|four| u32::from_le_bytes(*four) as usize);
     let signature = bytes.get(..4).unwrap_or(bytes);
     let valid = |byte: &u8| byte.is_ascii_uppercase() || byte.is_ascii_digit();
-    match (std::str::from_utf8(signature), number(4)) {
+    match (std::str::from_utf8(signature), length) {
         (Ok(text), Some(length)) if signature.iter().all(valid) => {
             if length >= HEADER {
                 Ok((text, length))
@@ -128,15 +125,11 @@ mod tests {
         let mut dump = tempfile::tempfile().unwrap();
         let mut rsdp = b"RSD PTR \xffANEMON\x02....\x24\0\0\0".to_vec();
         rsdp.resize(36, 1);
-        let parts = [
-            rsdp,
-            table("DSDT", 100),
-            table("SSDT", 36),
-            table("SSDT", 40),
-        ];
+        let parts = [table("DSDT", 100), table("SSDT", 36), table("SSDT", 40)];
+        dump.write_all(&rsdp).unwrap();
         dump.write_all(&parts.join(&[0; 28][..])).unwrap();
         write(dump.into(), &folder.path().join("new")).unwrap();
-        for (name, content) in ["RSDP", "DSDT", "SSDT", "SSDT2"].iter().zip(&parts) {
+        for (name, content) in ["DSDT", "SSDT", "SSDT2"].iter().zip(&parts) {
             let path = folder.path().join(format!("new/{name}.aml"));
             assert_eq!(&fs::read(path).unwrap(), content);
         }

@@ -1,5 +1,6 @@
 //! `anemone check`: the machine that a configuration makes, without running it.
 
+use std::env;
 use std::fmt::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -33,7 +34,7 @@ struct Report<'a> {
 
 /// Validates the configuration and prints the machine.
 pub fn check(
-    vm: Vm,
+    mut vm: Vm,
     log_level: LevelFilter,
     dump_to: Option<&Path>,
     json: bool,
@@ -49,6 +50,9 @@ pub fn check(
             None
         }
     };
+    // The file may be read from anywhere.
+    vm.config
+        .rebase(&env::current_dir().map_err(system("current folder"))?);
     let text = if json {
         let report = Report {
             config: &vm.config,

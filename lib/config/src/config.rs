@@ -308,7 +308,7 @@ impl Config {
     }
 
     /// Makes relative paths start at `folder`.
-    fn rebase(&mut self, folder: &Path) {
+    pub fn rebase(&mut self, folder: &Path) {
         let mut paths: Vec<&mut Option<PathBuf>> =
             vec![&mut self.kernel, &mut self.initrd, &mut self.accel.socket];
         for disk in &mut self.disk {

@@ -456,6 +456,8 @@ impl<'a> Session<'a> {
             }
         }
         self.send_window_size();
+        // The guest runs; from here on there is mostly waiting.
+        sys::release_memory();
         Ok(())
     }
 

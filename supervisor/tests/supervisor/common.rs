@@ -1,7 +1,5 @@
 //! A folder with fake programs, and the real `anemone` in front of them.
 
-#![expect(clippy::unwrap_used, reason = "what fails here fails a test")]
-
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -187,4 +185,10 @@ impl Outcome {
 pub fn sized(path: PathBuf, size: u64) -> PathBuf {
     File::create(&path).unwrap().set_len(size).unwrap();
     path
+}
+
+/// Sends a signal to a child that has not been waited for.
+pub fn signal(child: &Child, number: i32) {
+    // SAFETY: no pointers; the child has not been waited for, so its number is its own.
+    unsafe { libc::kill(child.id().cast_signed(), number) };
 }

@@ -1,17 +1,10 @@
 //! From start to end, through everything that can happen in between, with fake programs.
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 
-use common::{Lab, sized};
-
-fn signal(child: &std::process::Child, signal: i32) {
-    // SAFETY: sends a signal to a child that has not been waited for.
-    unsafe { libc::kill(child.id().cast_signed(), signal) };
-}
+use crate::common::{Lab, signal, sized};
 
 #[test]
 fn a_guest_that_shuts_down() {
@@ -358,6 +351,13 @@ fn check_prints_a_configuration_and_the_machine() {
     assert_eq!(fs::read(lab.path("tables/DSDT.aml")).unwrap().len(), 40);
     // What it prints is a configuration that means the same.
     lab.write("full.toml", &outcome.stdout);
+    let kernel = lab.path("kernel");
+    let kernel = fs::canonicalize(kernel).unwrap();
+    assert!(
+        outcome.stdout.contains(&format!("{kernel:?}")),
+        "{}",
+        outcome.stdout
+    );
     let again = lab.anemone(&["check", "full.toml"]);
     again.expect(0, &[]);
     assert_eq!(again.stdout, outcome.stdout);

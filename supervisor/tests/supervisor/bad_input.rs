@@ -1,11 +1,9 @@
 //! Everything that can be wrong with a configuration: status 2, a message that helps, and nothing
 //! started.
 
-mod common;
-
 use std::os::unix::fs::PermissionsExt;
 
-use common::{Lab, sized};
+use crate::common::{Lab, signal, sized};
 
 /// Runs with these arguments only, and expects them to be refused.
 #[track_caller]
@@ -172,8 +170,7 @@ fn a_disk_in_use() {
             &["disk `disk0`", &image, "in use by another VM"],
         );
     }
-    // SAFETY: sends a signal to a child that has not been waited for.
-    unsafe { libc::kill(writer.id().cast_signed(), libc::SIGTERM) };
+    signal(&writer, libc::SIGTERM);
     lab.finish(writer).expect(0, &[]);
     drop(driver);
 
