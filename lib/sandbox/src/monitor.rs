@@ -75,18 +75,7 @@ const NOT_YET: RawFd = -1;
 const NOT_NEEDED: RawFd = -2;
 
 pub(crate) fn restrict(filter: &'static Filter) -> Result<(), Error> {
-    if let Some(slot) = RESTRICTED.get(TAKEN.fetch_add(1, Ordering::Relaxed)) {
-        let ThreadName(name) = thread_name();
-        let (low, high) = name.split_at(8);
-        for (cell, half) in slot.name.iter().zip([low, high]) {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(half);
-            cell.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
-        }
-        slot.filter
-            .store(ptr::from_ref(filter).cast_mut(), Ordering::Relaxed);
-        slot.thread.store(thread_id(), Ordering::Release);
-    }
+    let (thread, name) = (thread_id(), thread_name());
     // The monitor starts first, because it must not inherit the gate; it learns the listener by
     // a plain store, because from then on any call of this thread may need the monitor.
     let listener = Arc::new(AtomicI32::new(NOT_YET));
@@ -104,8 +93,26 @@ pub(crate) fn restrict(filter: &'static Filter) -> Result<(), Error> {
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => (NOT_NEEDED, Ok(())),
         Err(e) => (NOT_NEEDED, Err(Error::Seccomp(e))),
     };
+    // From here on, and not for the calls above, the thread is judged by the filter.
+    enrol(thread, &name, filter);
     listener.store(fd, Ordering::Release);
     result
+}
+
+/// Notes that `filter` is one of those of `thread`.
+fn enrol(thread: i32, name: &ThreadName, filter: &'static Filter) {
+    let Some(slot) = RESTRICTED.get(TAKEN.fetch_add(1, Ordering::Relaxed)) else {
+        return;
+    };
+    let (low, high) = name.0.split_at(8);
+    for (cell, half) in slot.name.iter().zip([low, high]) {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(half);
+        cell.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
+    }
+    slot.filter
+        .store(ptr::from_ref(filter).cast_mut(), Ordering::Relaxed);
+    slot.thread.store(thread, Ordering::Release);
 }
 
 /// Runs `f` with all signals blocked, so that a thread it starts never takes one.

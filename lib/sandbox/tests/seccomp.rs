@@ -45,7 +45,7 @@ fn a_thread_is_named_and_judged_by_the_policy_that_denies() {
     let main = filter(
         "main",
         0,
-        "getppid # both threads may\nioctl arg1==1|2 # some",
+        "include threads\ngetppid # both threads may\nioctl arg1==1|2 # some",
     );
     let worker = filter(
         "worker",
@@ -197,7 +197,7 @@ fn log_mode_judges_each_thread_by_its_own_policy() {
     let main = filter(
         "main",
         0,
-        "getppid # first thread\nsync # never called\numask # both",
+        "include threads\ngetppid # first thread\nsync # never called\numask # both",
     );
     let worker = filter("worker", 1, "umask # both");
     let outcome = run(User::Same, || {

@@ -19,9 +19,9 @@ pub fn filter(name: &str, index: u16, text: &str) -> &'static Filter {
             std::fs::read_to_string(path).ok()?,
         ))
     };
-    let text = format!("include base\ninclude threads\n{text}");
+    let text = format!("include base\n{text}");
     let policy = Policy::parse(name, name, &text, &common).unwrap();
-    let gate = Policy::parse("gate", "gate", "include base\ninclude threads", &common).unwrap();
+    let gate = Policy::parse("gate", "gate", "include base", &common).unwrap();
     let convert = |policy: &Policy, denial| -> &'static [Instruction] {
         let program = policy.program(denial).unwrap();
         let program = program.iter().map(|i| instruction(i.code, i.jt, i.jf, i.k));
