@@ -323,3 +323,46 @@ fn contradictions_are_refused() {
     }
     assert_eq!(Config::default().resolve(), Err(Invalid::NoKernel));
 }
+
+/// The examples of the documentation are valid, and the complete one says everything.
+#[test]
+fn documentation() {
+    let text = include_str!("../../../docs/configuration.md");
+    let examples: Vec<_> = text
+        .split("```toml\n")
+        .skip(1)
+        .filter_map(|rest| rest.split("```").next())
+        .collect();
+    assert_eq!(examples.len(), 2);
+    for example in &examples {
+        parse(example).unwrap().resolve().unwrap();
+    }
+    let config = parse(examples[0]).unwrap();
+    // Every key of the file has been given: none is filled in.
+    let given: toml::Table = toml::from_str(examples[0]).unwrap();
+    let effective = toml::Table::try_from(config.resolve().unwrap().config).unwrap();
+    for key in effective.keys() {
+        assert!(given.contains_key(key), "the example lacks {key}");
+    }
+    // Every key of every table is explained.
+    for table in [
+        unknown_key::<Disk>(),
+        unknown_key::<Console>(),
+        unknown_key::<Serial>(),
+        unknown_key::<Rng>(),
+        unknown_key::<PanicDevice>(),
+        unknown_key::<Cpus>(),
+    ] {
+        for key in table.split('`').skip(3).step_by(2) {
+            assert!(text.contains(&format!("`{key}`")), "{key} is not explained");
+        }
+    }
+}
+
+/// The message about an unknown key, which names all known ones.
+fn unknown_key<T: Short>() -> String {
+    match T::from_text("no-such-key=1") {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("every key is accepted"),
+    }
+}

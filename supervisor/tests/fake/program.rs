@@ -27,6 +27,9 @@ fn main() {
         print!("{text}");
         exit(i32::from(!text.is_empty()));
     }
+    // As the jail of a real child does.
+    // SAFETY: no pointers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let parent = after(&args, "--parent-pid").expect("--parent-pid");
     assert_eq!(parent, unix_parent(), "--parent-pid");
     assert_eq!(after(&args, "--control-fd").as_deref(), Some("3"));

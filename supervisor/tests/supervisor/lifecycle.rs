@@ -216,15 +216,14 @@ fn signals() {
 }
 
 #[test]
-fn a_supervisor_that_is_killed_closes_the_channels() {
+fn a_supervisor_that_is_killed_takes_its_children_with_it() {
     let lab = Lab::new();
-    lab.write("vmm.script", "ready start start");
+    lab.write("vmm.script", "ready start hang");
     let child = lab.start(&["--rng"]);
     let _driver = lab.drive();
     lab.wait_for("the device", || lab.log("rng").contains("--fd"));
     lab.wait_for("the VMM", || lab.log("vmm").contains("kernel"));
     signal(&child, libc::SIGKILL);
-    // Real children have a parent-death signal as well.
     lab.wait_for("the end of all processes", || lab.processes().is_empty());
     let outcome = lab.finish(child);
     assert_eq!(outcome.status, None);
