@@ -42,7 +42,7 @@ fn a_large_payload_spans_blocks() {
     // More than one 8 MiB block of LZ4, and more than the buffers of the others.
     let load = Load {
         address: KERNEL,
-        bytes: content(29, 300_001).repeat(32),
+        bytes: content(29, 3_001).repeat(3_200),
         memory_size: 10 * MIB,
     };
     let kernel = elf(KERNEL, std::slice::from_ref(&load), &[]);

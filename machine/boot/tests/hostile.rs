@@ -13,8 +13,10 @@ static ELF: LazyLock<Vec<u8>> = LazyLock::new(|| {
     elf(KERNEL, &segments(), &note(b"Xen\0", 18, &start))
 });
 
+static VMLINUX: LazyLock<Vec<u8>> = LazyLock::new(vmlinux);
+
 static IMAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
-    let images = FORMATS.map(|format| bzimage(&payload(format, &vmlinux())));
+    let images = FORMATS.map(|format| bzimage(&payload(format, &VMLINUX)));
     images
         .into_iter()
         .chain([bzimage(&[b'?'; 5_000])])
@@ -109,7 +111,7 @@ proptest! {
 
     #[test]
     fn kernels_inside_payloads(damage in damage()) {
-        let kernel = damaged(&vmlinux(), 0..64 + 4 * 56, &damage);
+        let kernel = damaged(&VMLINUX, 0..64 + 4 * 56, &damage);
         // Not compressed, but in the format: a block of literals only.
         check(&bzimage(&lz4_stored(&kernel)));
     }
