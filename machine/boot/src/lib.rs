@@ -109,7 +109,7 @@ pub struct Entry {
 ///
 /// `memory` must read as zero wherever nothing has been loaded, which is how a new memfd reads:
 /// the parts of a kernel that its file does not store are left as they are. The system calls
-/// made are `fstat`, `pread64`, `lseek` and `read` on the two descriptors, and what the
+/// made are `statx`, `pread64`, `lseek` and `read` on the two descriptors, and what the
 /// allocator needs; buffers of up to 128 MiB (for some compression formats) are given back.
 pub fn load(memory: &GuestMemoryMmap, request: &BootRequest<'_>) -> Result<Entry, Error> {
     let kernel = Source::new("kernel", request.kernel)?;
