@@ -23,6 +23,8 @@ struct Server<'a> {
     returned: bool,
     /// Operations were handed to the engine since it last waited.
     submitted: bool,
+    /// The driver has been asked for kicks.
+    kicks: bool,
     /// The ring makes no sense; it is left alone until it is stopped.
     broken: bool,
 }
@@ -43,6 +45,7 @@ pub fn serve(
         free: (0..size).rev().collect(),
         returned: false,
         submitted: false,
+        kicks: true,
         broken: false,
         ring,
     };
@@ -50,6 +53,9 @@ pub fn serve(
     loop {
         let stopping = stop.load(Ordering::Acquire);
         let taken = !stopping && !server.broken && server.take_requests()?;
+        if taken {
+            server.refuse_kicks();
+        }
         server.signal();
         if stopping && server.in_flight() == 0 {
             return Ok(server.ring.queue.next_avail());
@@ -178,8 +184,18 @@ impl Server<'_> {
         }
     }
 
+    /// Tells the driver that its requests will be seen without kicks for now.
+    fn refuse_kicks(&mut self) {
+        if std::mem::take(&mut self.kicks)
+            && let Err(error) = self.ring.disable_kicks()
+        {
+            self.set_broken(&error);
+        }
+    }
+
     /// Asks for kicks; false if more has become available meanwhile.
     fn may_sleep(&mut self) -> bool {
+        self.kicks = true;
         match self.ring.enable_kicks() {
             Ok(more) => !more,
             Err(error) => {

@@ -60,12 +60,7 @@ impl Engine for SyncEngine<'_> {
                 _ => Err(error),
             };
         }
-        if fds[0].revents & libc::POLLIN != 0 {
-            let mut count = 0u64;
-            // The counter only wakes; who has read it in between does not matter.
-            // SAFETY: at most 8 bytes are stored in `count`.
-            unsafe { libc::read(fds[0].fd, (&raw mut count).cast(), 8) };
-        } else if fds[0].revents != 0 {
+        if fds[0].revents != 0 && !clear(fds[0].fd) {
             self.kick = -1;
             events.push(Event::KickLost);
         }
@@ -76,4 +71,12 @@ impl Engine for SyncEngine<'_> {
         self.kick = -1;
         Ok(())
     }
+}
+
+/// Makes an eventfd unreadable until it is written again; false for what is not an eventfd.
+fn clear(kick: RawFd) -> bool {
+    let mut count = 0u64;
+    // SAFETY: at most 8 bytes are stored in `count`.
+    let n = unsafe { libc::read(kick, (&raw mut count).cast(), 8) };
+    n == 8 || (n < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock)
 }
