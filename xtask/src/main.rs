@@ -116,6 +116,8 @@ fn main() -> ExitCode {
 
 /// Runs a command; returns whether everything it tried has succeeded.
 fn dispatch(command: Command) -> Result<bool> {
+    let alone = !matches!(command, Command::Man | Command::Test { list: true, .. });
+    let _lock = if alone { Some(sh::lock()?) } else { None };
     match command {
         Command::Demo { check } => demo::run(check)?,
         Command::Test { list: true, .. } => test::list()?,

@@ -4,9 +4,8 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -171,22 +170,16 @@ impl<'a> Boot<'a> {
         let disk = RootDisk::make(rig.packages, &rig.folder.join("root.img"))?;
         let cmdline = format!("rig.run={}", names.join(","));
         let mut command = rig.qemu(&disk.image, &cmdline)?;
-        let mut qemu: Child = command
+        command
             .arg("-serial")
             .arg(format!("file:{}", logs.join("outer-console.log").display()))
-            .args([
-                "-chardev",
-                "stdio,id=lines,signal=off",
-                "-serial",
-                "chardev:lines",
-            ])
+            .args(["-chardev", "stdio,id=lines,signal=off"])
+            .args(["-serial", "chardev:lines"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(File::create(logs.join("qemu.log"))?)
-            .process_group(0)
-            .spawn()
-            .context("cannot start QEMU")?;
-        let output = qemu.stdout.take().context("QEMU has no output")?;
+            .stderr(File::create(logs.join("qemu.log"))?);
+        let mut qemu = sh::spawn(&mut command)?;
+        let output = qemu.0.stdout.take().context("QEMU has no output")?;
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
             let mut reader = BufReader::new(output);
@@ -205,7 +198,7 @@ impl<'a> Boot<'a> {
         ));
         Ok(Self {
             rig,
-            qemu: sh::Guarded(qemu),
+            qemu,
             lines,
             disk,
             logs,

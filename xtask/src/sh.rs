@@ -1,8 +1,8 @@
 //! Running other programs: progress lines, time limits, captured output.
 
 use std::fmt::Display;
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -93,17 +93,14 @@ pub fn run_limited(command: &mut Command, limit: Duration) -> Result<Finished> {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot start {}", display(command)))?;
-    let out = drain(child.stdout.take());
-    let err = drain(child.stderr.take());
-    let status = wait_limited(&mut child, limit)?;
+        .stderr(Stdio::piped());
+    let mut child = spawn(command)?;
+    let out = drain(child.0.stdout.take());
+    let err = drain(child.0.stderr.take());
+    let status = wait_limited(&mut child.0, limit)?;
     if status.is_none() {
-        kill_group(&child);
-        child.wait()?;
+        kill_group(&child.0);
+        child.0.wait()?;
     }
     let mut output = out.join().unwrap_or_default();
     output.push_str(&err.join().unwrap_or_default());
@@ -129,6 +126,39 @@ pub fn kill_group(child: &Child) {
     // A process id always fits; the group is the child's own.
     // SAFETY: plain system call without pointers.
     unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
+}
+
+/// Starts a command in a process group of its own. It is killed when this program ends, however
+/// that happens, and at the latest when it is dropped.
+pub fn spawn(command: &mut Command) -> Result<Guarded> {
+    command.process_group(0);
+    // SAFETY: the closure makes one system call without pointers, which is allowed between fork
+    // and exec.
+    unsafe {
+        command.pre_exec(
+            || match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            },
+        )
+    };
+    let child = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", display(command)))?;
+    Ok(Guarded(child))
+}
+
+/// Makes this the only program that works in the build folder, waiting for another to end. Holds
+/// as long as the result lives.
+pub fn lock() -> Result<File> {
+    let path = build_dir("lock");
+    fs::create_dir_all(build_dir(""))?;
+    let file = File::create(&path).with_context(|| path.display().to_string())?;
+    if file.try_lock().is_err() {
+        progress("waiting for another xtask in this build folder");
+        file.lock().with_context(|| path.display().to_string())?;
+    }
+    Ok(file)
 }
 
 /// Ends a child and collects it, if it is dropped before it has ended by itself.

@@ -169,14 +169,17 @@ fn panic_stop() -> Result<()> {
     let mut vm = Vm::start("panic", &["--on-panic", "stop"])?;
     vm.expect_exit(1)?;
     vm.expect_said(&["guest: panic now"])?;
+    expect_message(&vm, "panic")
+}
+
+/// The supervisor's last word must hold `word`.
+fn expect_message(vm: &Vm, word: &str) -> Result<()> {
     let said = vm.said();
-    let named = said
-        .lines()
-        .any(|l| l.contains("anemone") && l.to_lowercase().contains("panic"));
-    if !named {
-        return Err("no message of anemone names the panic".into());
+    let messages: Vec<_> = said.lines().filter(|l| l.starts_with("error: ")).collect();
+    match messages.iter().any(|l| l.to_lowercase().contains(word)) {
+        true => Ok(()),
+        false => Err(format!("no message names {word}: {messages:?}")),
     }
-    Ok(())
 }
 
 fn panic_restart() -> Result<()> {
@@ -278,7 +281,15 @@ fn jailed() -> Result<()> {
     }
     let problems: Vec<_> = processes
         .iter()
-        .flat_map(|p| jail::problems(p, &["/tmp/held.img"]))
+        .flat_map(|p| {
+            let files: &[&str] = match p.program.as_str() {
+                "anemone-blk" => &["/tmp/held.img"],
+                // It starts the VM again after a reboot.
+                "anemone" => &["/tmp/held.img", "/guest/kernel", "/guest/initramfs"],
+                _ => &[],
+            };
+            jail::problems(p, files)
+        })
         .collect();
     if !problems.is_empty() {
         return Err(problems.join("\n"));
@@ -291,14 +302,7 @@ fn device_dies() -> Result<()> {
     let disk = vm.process("anemone-blk")?;
     crate::sys::kill(disk.pid as i32, libc::SIGKILL).map_err(|e| e.to_string())?;
     vm.expect_exit(1)?;
-    let said = vm.said();
-    if !said
-        .lines()
-        .any(|l| l.contains("anemone") && l.contains("held"))
-    {
-        return Err("no message names the disk".into());
-    }
-    Ok(())
+    expect_message(&vm, "held")
 }
 
 fn supervisor_dies() -> Result<()> {

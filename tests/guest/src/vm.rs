@@ -22,7 +22,7 @@ pub type Result<T> = std::result::Result<T, String>;
 pub const USER: u32 = 1000;
 
 /// Longest that anything may take: an inner boot is slow under emulation.
-pub const PATIENCE: Duration = Duration::from_secs(240);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Default)]
 struct Text {

@@ -62,11 +62,7 @@ impl Server<'_> {
                 command
             }
         };
-        let child = command
-            .stdin(Stdio::null())
-            .spawn()
-            .with_context(|| format!("cannot start {}", self.name()))?;
-        let guarded = sh::Guarded(child);
+        let guarded = sh::spawn(command.stdin(Stdio::null()))?;
         sh::wait_for_path(socket, Duration::from_secs(10))?;
         Ok(guarded)
     }

@@ -2,12 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anemone_guest_init::jail::Process;
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::build::Binaries;
 use crate::packages::Packages;
@@ -51,16 +50,14 @@ impl Vmm {
 
     /// Starts the VM in a process group of its own, without input or output.
     pub fn spawn(&self) -> Result<sh::Guarded> {
-        let child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        command
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .with_context(|| format!("cannot start {}", self.name))?;
-        Ok(sh::Guarded(child))
+            .stderr(Stdio::null());
+        sh::spawn(&mut command)
     }
 }
 
@@ -118,7 +115,15 @@ fn microvm(packages: &Packages) -> Result<Vmm> {
     let mut command = packages.qemu()?;
     command
         .args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=off"])
-        .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m"])
+        .args([
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host,-arch-capabilities",
+            "-smp",
+            "1",
+            "-m",
+        ])
         .arg(MEMORY_MIB.to_string())
         .args([
             "-nodefaults",

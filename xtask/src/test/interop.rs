@@ -22,28 +22,29 @@ const PATIENCE: Duration = Duration::from_secs(180);
 pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
     let packages = context.packages()?;
     let server = context.product()?.path("anemone-blk");
-    let uring = qemu_boots(packages, &server, &["--queues", "2"]);
-    let sync = qemu_boots(packages, &server, &["--io", "sync"]);
+    let uring = qemu_boots(packages, &server, 2, &[]);
+    let sync = qemu_boots(packages, &server, 1, &["--io", "sync"]);
     Ok(vec![
         Outcome::of("qemu boots from anemone-blk, two queues", uring),
         Outcome::of("qemu boots from anemone-blk without io_uring", sync),
     ])
 }
 
-fn qemu_boots(packages: &Packages, server: &Path, arguments: &[&str]) -> Result<()> {
+fn qemu_boots(packages: &Packages, server: &Path, queues: u32, arguments: &[&str]) -> Result<()> {
     let folder = sh::fresh_dir("interop")?;
     let guest = initramfs::guest(packages)?;
     let disk = RootDisk::make(packages, &folder.join("root.img"))?;
     let socket = folder.join("blk.sock");
-    let server = Command::new(server)
+    let mut server = Command::new(server);
+    server
         .arg("--socket")
         .arg(&socket)
         .arg("--image")
         .arg(&disk.image)
+        .args(["--queues", &queues.to_string()])
         .args(arguments)
-        .stdin(Stdio::null())
-        .spawn()?;
-    let mut server = sh::Guarded(server);
+        .stdin(Stdio::null());
+    let mut server = sh::spawn(&mut server)?;
     sh::wait_for_path(&socket, Duration::from_secs(10))?;
 
     let mut qemu = packages.qemu()?;
@@ -62,7 +63,10 @@ fn qemu_boots(packages: &Packages, server: &Path, arguments: &[&str]) -> Result<
         .args(["-append", "console=ttyS0 anemone.steps=uname,disk,poweroff"])
         .arg("-chardev")
         .arg(format!("socket,id=disk,path={}", socket.display()))
-        .args(["-device", "vhost-user-blk-pci,chardev=disk"]);
+        .arg("-device")
+        .arg(format!(
+            "vhost-user-blk-pci,chardev=disk,num-queues={queues}"
+        ));
     let done = sh::run_limited(&mut qemu, PATIENCE)?;
     ensure!(
         done.code() == Some(0) && done.output.contains("guest: done"),

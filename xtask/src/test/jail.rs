@@ -3,9 +3,8 @@
 //! processes must kill them. The second half needs root, for ptrace.
 
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -99,9 +98,8 @@ impl<'a> Setup<'a> {
     }
 
     fn start(&self) -> Result<Running> {
-        let child = self
-            .product
-            .command("anemone")
+        let mut command = self.product.command("anemone");
+        command
             .args(["run", "--accel", "kvm", "--memory", "64M", "--rng"])
             .arg("--kernel")
             .arg(&self.kernel)
@@ -111,12 +109,9 @@ impl<'a> Setup<'a> {
             .arg(format!("path={}", self.disk.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(fs::File::create(&self.errors)?)
-            .process_group(0)
-            .spawn()
-            .context("cannot start anemone")?;
+            .stderr(fs::File::create(&self.errors)?);
         let mut running = Running {
-            child: sh::Guarded(child),
+            child: sh::spawn(&mut command)?,
             processes: Vec::new(),
         };
         // All programs are there, and the vCPU has begun to run.
@@ -151,6 +146,7 @@ impl<'a> Setup<'a> {
         let running = self.start()?;
         let disk = self.disk.to_string_lossy();
         let log = self.log.to_string_lossy();
+        let kernel = self.kernel.to_string_lossy();
         let problems: Vec<_> = running
             .processes
             .iter()
@@ -158,7 +154,8 @@ impl<'a> Setup<'a> {
                 let files: &[&str] = match process.program.as_str() {
                     "anemone-blk" => &[&disk],
                     "anemone-console" => &[&log],
-                    "anemone" => &[&disk, &log],
+                    // It starts the VM again after a reboot.
+                    "anemone" => &[&disk, &log, &kernel],
                     _ => &[],
                 };
                 jail::problems(process, files)
@@ -217,12 +214,5 @@ impl Running {
             }
         }
         bail!("the VMM has no vCPU thread")
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let child: &Child = &self.child.0;
-        sh::kill_group(child);
     }
 }
