@@ -22,6 +22,7 @@ mod main_loop;
 mod memory;
 mod session;
 mod timer;
+mod trim;
 mod vring;
 
 pub use anemone_sandbox::{Filter, Mode};

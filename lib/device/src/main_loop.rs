@@ -14,8 +14,10 @@ use anemone_ipc::{Channel, Error as ChannelError};
 
 use crate::args::{self, Common, Request};
 use crate::session::Session;
-use crate::{Device, Filter, Host, Program, jail};
+use crate::{Device, Filter, Host, Program, jail, trim};
 
+/// After so long without an event, set-up is taken to be over.
+const QUIET_MS: i32 = 500;
 /// Exit status for wrong arguments and for what cannot be opened.
 const EXIT_USAGE: u8 = 2;
 
@@ -75,6 +77,7 @@ fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
         listener,
         signals: block_signals().map_err(|e| Failure::Run(e.into()))?,
         interrupt_ends: host.control().is_none(),
+        untrimmed: true,
         host,
     };
     main.start(&common, P::FILTER).map_err(|error| {
@@ -137,6 +140,8 @@ struct MainLoop<D> {
     /// Without a supervisor the keyboard's interrupt ends the process; a supervisor receives the
     /// same interrupt and decides for its children.
     interrupt_ends: bool,
+    /// Code that only the start or a request of the front end needs may be in memory.
+    untrimmed: bool,
     host: Host,
 }
 
@@ -197,8 +202,13 @@ impl<D: Device> MainLoop<D> {
         for (fd, token) in self.device.output_fds() {
             watch(fd.as_raw_fd(), libc::POLLOUT, Source::Device(token));
         }
+        let timeout = if self.untrimmed { QUIET_MS } else { -1 };
         // SAFETY: `polls` is an array of pollfd of the length given.
-        let n = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, -1) };
+        let n = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout) };
+        if n == 0 {
+            self.untrimmed = false;
+            trim::unmap_code();
+        }
         if n < 0 {
             let error = io::Error::last_os_error();
             return match error.kind() {
@@ -241,6 +251,7 @@ impl<D: Device> MainLoop<D> {
         let Some(session) = &mut self.session else {
             return;
         };
+        self.untrimmed = true;
         match session.handle_requests(&mut self.device) {
             Ok(()) => return,
             Err(anemone_vhost_user::Error::Closed) => log::debug!("the front end has gone"),
