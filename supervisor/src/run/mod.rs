@@ -40,6 +40,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const VMM_END_LIMIT: Duration = Duration::from_secs(3);
 /// Time the device processes may take to finish what they have begun.
 const DEVICE_END_LIMIT: Duration = Duration::from_secs(10);
+/// Pause before a guest starts again that has used up its budget of resets.
+const RESET_DELAY: Duration = Duration::from_secs(1);
 /// Messages taken from one process before others have their turn.
 const BURST: usize = 64;
 
@@ -93,6 +95,8 @@ struct Session<'a> {
     phase: Phase,
     dump_to: Option<(&'a Path, std::os::fd::OwnedFd)>,
     raw_mode: Option<RawMode>,
+    /// A guest that resets over and over must not make this host start processes as fast as it can.
+    resets: anemone_log::Limiter,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -173,6 +177,7 @@ impl<'a> Session<'a> {
             phase: Phase::starting(),
             dump_to,
             raw_mode: None,
+            resets: anemone_log::Limiter::new(),
         };
         session.configure()?;
         Ok(session)
@@ -195,6 +200,10 @@ impl<'a> Session<'a> {
     /// A new VMM process with new memory; the devices stay.
     fn restart(&mut self) -> Result<(), Error> {
         self.vmm.process.kill();
+        if self.resets.allow().is_none() {
+            let mut signals = [sys::readable(self.host.signals.as_fd())];
+            sys::poll(&mut signals, Some(RESET_DELAY)).map_err(system("poll"))?;
+        }
         self.host.boot.rewind()?;
         self.vmm = Vmm::start(&self.host.vmm_path, self.host.environment)?;
         for (backend, connection) in self.backends.iter().zip(&mut self.connections) {

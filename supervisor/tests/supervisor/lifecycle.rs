@@ -81,6 +81,15 @@ fn reboot_starts_a_new_vmm_and_keeps_the_devices() {
 }
 
 #[test]
+fn a_guest_that_resets_over_and_over_goes_on() {
+    let lab = Lab::new();
+    let script = "ready start reset\n".repeat(12) + "ready start shutdown";
+    lab.write("vmm.script", script);
+    lab.run(&[]).expect(0, &[]);
+    assert_eq!(lab.log("vmm").matches("started").count(), 13);
+}
+
+#[test]
 fn on_reboot_stop_ends_the_vm() {
     let lab = Lab::new();
     lab.write("vmm.script", "ready start reset");
