@@ -230,9 +230,9 @@ fn console_pty() -> Result<()> {
     // The sum shows that the answer is not the echo of what was typed.
     vm.type_text("echo sum-$((40 + 2))\n")?;
     vm.wait_for("sum-42")?;
+    // What the guest writes last may be lost: a pty drops unread bytes when its other end closes.
     vm.type_text("exit\n")?;
-    vm.expect_exit(0)?;
-    vm.expect_said(&["guest: done"])
+    vm.expect_exit(0)
 }
 
 fn serial() -> Result<()> {
