@@ -117,6 +117,8 @@ pub fn build(
                 .map_err(Error::os("ACPI dump"))?;
         }
     }
+    ram.write_slice(&map::RESET_CODE, GuestAddress(map::RESET_VECTOR))
+        .map_err(|e| Error::Config(format!("the reset vector does not fit into memory: {e}")))?;
     let entry = anemone_boot::load(
         &ram,
         &BootRequest {
@@ -293,7 +295,8 @@ fn described_map(memory: u64) -> Vec<(u64, u64, String)> {
             let what = match r.kind {
                 RangeKind::Ram => "RAM",
                 RangeKind::Acpi => "RAM with ACPI tables",
-                RangeKind::Reserved => "PCI configuration (ECAM)",
+                RangeKind::Reserved if r.start == map::ECAM_BASE => "PCI configuration (ECAM)",
+                RangeKind::Reserved => "reset vector",
             };
             (r.start, r.size, what.to_owned())
         })

@@ -91,7 +91,8 @@ pub fn memory_map(memory: u64) -> Vec<MemoryRange> {
     let mut ranges = vec![
         range(0, acpi, RangeKind::Ram),
         range(acpi, acpi_size, RangeKind::Acpi),
-        range(acpi + acpi_size, low - acpi - acpi_size, RangeKind::Ram),
+        range(map::RESET_PAGE.0, map::RESET_PAGE.1, RangeKind::Reserved),
+        range(1 << 20, low - (1 << 20), RangeKind::Ram),
         range(map::ECAM_BASE, map::ECAM_SIZE, RangeKind::Reserved),
     ];
     if high > 0 {

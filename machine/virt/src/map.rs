@@ -42,7 +42,20 @@ pub const HIGH_RAM_BASE: u64 = 1 << 32;
 /// Length of 64-bit PCI memory.
 pub const PCI64_SIZE: u64 = 64 << 30;
 /// Where the ACPI tables lie in low RAM, and the room they have.
-pub const ACPI_TABLES: (u64, u64) = (0xE_0000, 0x2_0000);
+pub const ACPI_TABLES: (u64, u64) = (0xE_0000, 0x1_F000);
+/// The page with the real-mode reset vector, kept from the guest's memory management.
+pub const RESET_PAGE: (u64, u64) = (0xF_F000, 0x1000);
+/// Where a PC's firmware is entered in real mode, F000:FFF0 and FFFF:0000.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
+/// What stands at [`RESET_VECTOR`]: write [`RESET_VALUE`] to [`RESET`], halt.
+///
+/// Linux on hardware-reduced ACPI reboots through UEFI; without UEFI it does not try the ACPI
+/// reset register but jumps here.
+pub const RESET_CODE: [u8; 9] = {
+    let [low, high] = RESET.to_le_bytes();
+    // mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp to the hlt
+    [0xBA, low, high, 0xB0, RESET_VALUE, 0xEE, 0xF4, 0xEB, 0xFD]
+};
 
 /// ACPI sleep control register, one byte.
 pub const SLEEP_CONTROL: u16 = 0x600;
