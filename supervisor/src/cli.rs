@@ -219,7 +219,12 @@ impl VmArgs {
                 ..Console::default()
             });
         }
-        Ok(config.resolve()?)
+        if config.panic_device.is_none() && registry::machine_part("panic-device").is_err() {
+            config.panic_device = Some(Switch::Off);
+        }
+        let vm = config.resolve()?;
+        registry::check_machine(&vm)?;
+        Ok(vm)
     }
 
     fn lay_over(self, config: &mut Config) {

@@ -23,6 +23,7 @@ struct Report {
     version: &'static str,
     accelerators: Vec<Part>,
     devices: Vec<Part>,
+    machine_parts: Vec<Part>,
     machines: Vec<MachineReport>,
     cpu_models: &'static [&'static str],
 }
@@ -69,6 +70,7 @@ pub fn print(json: bool) -> Result<(), Error> {
         version: env!("CARGO_PKG_VERSION"),
         accelerators: registry::ACCELERATORS.iter().map(part).collect(),
         devices: registry::DEVICES.iter().map(part).collect(),
+        machine_parts: registry::MACHINE.iter().map(part).collect(),
         machines: Machine::WORDS
             .iter()
             .map(|name| MachineReport {
@@ -96,18 +98,21 @@ impl Report {
         for (title, parts) in [
             ("Accelerators", &self.accelerators),
             ("Devices", &self.devices),
+            ("Parts of the machine", &self.machine_parts),
         ] {
             text += &format!("\n{title} (* what a VM has by default)\n");
+            if parts.is_empty() {
+                text += "    none\n";
+            }
             for part in parts {
                 let mark = if part.default { '*' } else { ' ' };
                 let (name, summary) = (part.name, part.summary);
-                text += &format!("  {mark} {name:<9}{summary}\n");
+                text += &format!("  {mark} {name:<13}{summary}\n");
                 if part.path.is_none() {
-                    text += &format!("             {} is not installed\n", part.program);
+                    text += &format!("                 {} is not installed\n", part.program);
                 }
             }
         }
-        text += "\nIn every VM unless switched off\n  * panic-device: reports kernel panics\n";
         for machine in &self.machines {
             text += &format!("\nMachine {}, its I/O ports\n", machine.name);
             for port in &machine.ports {

@@ -1,6 +1,6 @@
 //! What this build contains. The only file with conditional compilation.
 
-use anemone_config::Kind;
+use anemone_config::{Kind, Vm};
 use thiserror::Error;
 
 /// An accelerator or a device of this build.
@@ -46,7 +46,7 @@ pub const DEVICES: &[Entry] = &[
     #[cfg(feature = "console")]
     Entry {
         name: "console",
-        summary: "virtio console and 16550 serial port on stdio, pty, file or UNIX socket",
+        summary: "virtio console on stdio, pty, file or UNIX socket",
         program: "anemone-console",
         default: true,
     },
@@ -56,6 +56,24 @@ pub const DEVICES: &[Entry] = &[
         summary: "virtio entropy source",
         program: "anemone-rng",
         default: false,
+    },
+];
+
+/// The parts of the machine that this build has and another may lack.
+pub const MACHINE: &[Entry] = &[
+    #[cfg(feature = "serial")]
+    Entry {
+        name: "serial",
+        summary: "16550 serial port; its bytes go through the console's program",
+        program: VMM,
+        default: false,
+    },
+    #[cfg(feature = "panic-device")]
+    Entry {
+        name: "panic-device",
+        summary: "reports kernel panics",
+        program: VMM,
+        default: true,
     },
 ];
 
@@ -90,6 +108,22 @@ pub fn accelerator(name: &str) -> Result<Entry, NotInBuild> {
 /// The device of that name.
 pub fn device(name: &str) -> Result<Entry, NotInBuild> {
     find("device", DEVICES, name)
+}
+
+/// The part of the machine of that name.
+pub fn machine_part(name: &str) -> Result<Entry, NotInBuild> {
+    find("part of the machine", MACHINE, name)
+}
+
+/// Whether the build has what the machine is to be made of.
+pub fn check_machine(vm: &Vm) -> Result<(), NotInBuild> {
+    if vm.serial.is_some() {
+        machine_part("serial")?;
+    }
+    if vm.panic_slot.is_some() {
+        machine_part("panic-device")?;
+    }
+    Ok(())
 }
 
 /// The name under which a build lists the back end of a device.

@@ -67,7 +67,7 @@ impl Config {
         let machine = self
             .machine
             .iter()
-            .map(|part| format!("anemone-vmm/{part}"));
+            .flat_map(|part| ["anemone", "anemone-vmm"].map(|package| format!("{package}/{part}")));
         both.chain(devices).chain(machine).collect()
     }
 }
