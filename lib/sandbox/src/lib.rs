@@ -23,8 +23,11 @@
 //! | rlimits | 18 | |
 //! | no_new_privs | 17 | |
 //! | other capabilities | 3 | |
-//! | a filter of 60 system calls | 60 | a list of comparisons, as seccompiler makes it: 218 |
+//! | a filter of 60 calls and 45 ioctl numbers | 60 | a list of comparisons, as seccompiler makes it: 218 |
 //! | network namespace | 390 to 570 | left out |
+//!
+//! Together: [`enter`] 152 µs; the policies of a disk 55 (first thread) and 25 (each queue), those
+//! of the VMM 67 (first thread) and 24 (each vCPU).
 //!
 //! A network namespace costs more than all else together, and without it there is no way to a
 //! network either: no policy has `socket` or `connect`, and Landlock denies TCP and abstract
