@@ -117,6 +117,7 @@ impl<'a> Rig<'a> {
             .args(["-serial", "chardev:terminal"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()));
+        sh::progress("two kernels boot, one in the other: about 10 s");
         sh::run(&mut command)
     }
 

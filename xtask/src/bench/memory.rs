@@ -18,7 +18,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// VMs at once, for the cost of one more.
 const MANY: usize = 8;
 
-/// Memory in KiB: resident, proportional and private.
+/// Memory in KiB: resident, proportional, private, and private and written to.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Use {
     /// Resident set.
@@ -27,6 +27,8 @@ pub struct Use {
     pub pss: u64,
     /// Pages that only this process has.
     pub uss: u64,
+    /// Those of them that no file can give back.
+    pub dirty: u64,
 }
 
 impl AddAssign for Use {
@@ -34,6 +36,7 @@ impl AddAssign for Use {
         self.rss += other.rss;
         self.pss += other.pss;
         self.uss += other.uss;
+        self.dirty += other.dirty;
     }
 }
 
@@ -67,7 +70,11 @@ fn sum(smaps: &str, guest_mib: u32) -> Use {
             _ if guest => {}
             "Rss" => total.rss += kib,
             "Pss" => total.pss += kib,
-            "Private_Clean" | "Private_Dirty" => total.uss += kib,
+            "Private_Clean" => total.uss += kib,
+            "Private_Dirty" => {
+                total.uss += kib;
+                total.dirty += kib;
+            }
             _ => {}
         }
     }
@@ -84,7 +91,7 @@ pub fn run() -> Result<()> {
     let product = build::full()?;
     let mut processes = Table::new(
         "KiB per process of an idle 512 MiB VM, guest memory excluded",
-        &["VMM", "process", "RSS", "PSS", "USS"],
+        &["VMM", "process", "RSS", "PSS", "USS", "of it dirty"],
     );
     let mut sums = Table::new(
         "MiB per VM, guest memory excluded; marginal: one more VM, of eight",
@@ -118,6 +125,7 @@ fn measure(vmms: &[&Vmm], processes: &mut Table, sums: &mut Table) -> Result<()>
             used.rss.into(),
             used.pss.into(),
             used.uss.into(),
+            used.dirty.into(),
         ]);
     }
     for vmm in &vmms[1..] {
@@ -167,6 +175,7 @@ Private_Dirty:         2 kB
             rss: 40,
             pss: 10,
             uss: 6,
+            dirty: 2,
         };
         assert_eq!(sum(smaps, 512), expected);
     }
