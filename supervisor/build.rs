@@ -1,9 +1,11 @@
-//! Gives `anemone doctor` the system-call policies of the programs in this build.
+//! Compiles the supervisor's own system-call policy, and gives `anemone doctor` those of the
+//! programs in this build.
 
 use std::env;
 
 fn main() {
     let programs = [
+        (None, "anemone", "policy"),
         (None, "anemone-vmm", "../vmm/policy"),
         (Some("BLK"), "anemone-blk", "../devices/blk/policy"),
         (
@@ -20,5 +22,6 @@ fn main() {
         })
         .map(|(_, program, folder)| (program, folder))
         .collect();
+    anemone_policy::compile("policy");
     anemone_policy::describe(&in_build);
 }

@@ -15,6 +15,7 @@ mod devices;
 mod doctor;
 mod error;
 mod files;
+mod jail;
 mod programs;
 mod registry;
 mod run;

@@ -1,6 +1,8 @@
 //! The real `anemone-vmm` process, in its jail, driven through the accelerator `none`: what a
 //! guest's CPU would see of `virt-1`, and what happens when it writes nonsense.
 
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's")]
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

@@ -102,6 +102,19 @@ pub(crate) fn apply(jail: &ProcessJail) -> Result<Layers, Error> {
     Ok(layers)
 }
 
+/// The part of [`enter`] that a supervisor can stand, which still starts processes and whose
+/// children enter jails of their own: no capability, no new privileges, no core dump.
+///
+/// # Errors
+/// The first layer that the host refuses.
+pub fn renounce() -> io::Result<()> {
+    limit(libc::RLIMIT_CORE, 0)?;
+    // Only who has a capability can empty the bounding set; who has none needs not.
+    let _ = clear_bounding_set();
+    drop_capabilities()?;
+    prctl(libc::PR_SET_NO_NEW_PRIVS, 1)
+}
+
 /// The result of a system call that answers 0 or more on success.
 fn check(result: impl Into<i64>) -> io::Result<()> {
     if result.into() < 0 {

@@ -48,7 +48,7 @@ use std::io;
 use std::str::FromStr;
 
 pub use filter::{ARCH_X86_64, Call, Filter, Instruction, evaluate, instruction};
-pub use jail::{ProcessJail, close_extra_fds, enter, probe};
+pub use jail::{ProcessJail, close_extra_fds, enter, probe, renounce};
 pub use layers::{Layer, Layers, ParseLayersError, State};
 pub use names::syscall as syscall_name;
 pub use seccomp::restrict;

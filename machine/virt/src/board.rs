@@ -71,17 +71,18 @@ impl Board {
 
     /// The ports this board decodes: first, count, what.
     pub fn ports(&self) -> Vec<(u16, u16, &'static str)> {
-        let mut ports = vec![
+        let mut ports = Vec::new();
+        #[cfg(feature = "serial")]
+        if self.serial.is_some() {
+            ports.push((map::SERIAL, 8, "16550 UART"));
+        }
+        ports.extend([
             (map::SLEEP_CONTROL, 1, "ACPI sleep control"),
             (map::SLEEP_STATUS, 1, "ACPI sleep status"),
             (map::RESET, 1, "ACPI reset"),
             (map::GED_EVENTS, 4, "generic event device"),
             (map::PCI_CONFIG, 8, "PCI configuration"),
-        ];
-        #[cfg(feature = "serial")]
-        if self.serial.is_some() {
-            ports.insert(0, (map::SERIAL, 8, "16550 UART"));
-        }
+        ]);
         ports
     }
 

@@ -23,6 +23,7 @@ use log::LevelFilter;
 use crate::accel::{self, Environment, Opened};
 use crate::acpi_dump;
 use crate::error::{Error, printable, system};
+use crate::jail;
 use crate::programs::Programs;
 use crate::registry;
 use crate::spawn::Process;
@@ -95,6 +96,8 @@ struct Session<'a> {
     phase: Phase,
     dump_to: Option<(&'a Path, std::os::fd::OwnedFd)>,
     raw_mode: Option<RawMode>,
+    /// Whether this process is in its own jail already.
+    jailed: bool,
     /// A guest that resets over and over must not make this host start processes as fast as it can.
     resets: anemone_log::Limiter,
 }
@@ -177,6 +180,7 @@ impl<'a> Session<'a> {
             phase: Phase::starting(),
             dump_to,
             raw_mode: None,
+            jailed: false,
             resets: anemone_log::Limiter::new(),
         };
         session.configure()?;
@@ -465,7 +469,11 @@ impl<'a> Session<'a> {
             }
         }
         self.send_window_size();
-        // The guest runs; from here on there is mostly waiting.
+        // The guest runs; from here on there is mostly waiting, and nothing more to open.
+        if !self.jailed {
+            self.jailed = true;
+            jail::enter(self.host.vm.config.sandbox)?;
+        }
         sys::release_memory();
         Ok(())
     }
