@@ -3,7 +3,7 @@
 //! processes must kill them. The second half needs root, for ptrace.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -192,6 +192,21 @@ impl<'a> Setup<'a> {
 struct Running {
     child: sh::Guarded,
     processes: Vec<Process>,
+}
+
+impl Drop for Running {
+    /// Ends the VM. The device processes die with their parent, but a moment later, and until
+    /// then the disk stays locked.
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.0.kill();
+        let _ = self.child.0.wait();
+        let end = Instant::now() + Duration::from_secs(5);
+        let alive = |p: &Process| Path::new(&format!("/proc/{}", p.pid)).exists();
+        while self.processes.iter().any(alive) && Instant::now() < end {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 impl Running {
