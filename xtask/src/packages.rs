@@ -6,8 +6,9 @@
 //! tools and a network the first time, and no privileges at all.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -18,10 +19,28 @@ use crate::sh;
 /// Programs the tests run; unpacked with everything they depend on.
 const TOOLS: &[&str] = &[
     "acpica-tools",
+    "binutils",
     "cpio",
     "e2fsprogs",
+    "gzip",
+    "lz4",
     "qemu-system-x86",
     "qemu-utils",
+    "xz-utils",
+    "zstd",
+];
+/// Those that tests call by name.
+const BY_NAME: &[&str] = &[
+    "cpio",
+    "gzip",
+    "iasl",
+    "lz4",
+    "qemu-img",
+    "qemu-io",
+    "qemu-storage-daemon",
+    "readelf",
+    "xz",
+    "zstd",
 ];
 /// What goes into guests; unpacked alone.
 const GUEST: &[&str] = &["busybox-static"];
@@ -126,6 +145,25 @@ impl Packages {
             }
         }
         Ok(files)
+    }
+
+    /// A search path on which the unpacked programs come first, for tests that call them by name.
+    pub fn search_path(&self) -> Result<OsString> {
+        let folder = sh::fresh_dir("packages/bin")?;
+        for name in BY_NAME {
+            let script = format!(
+                "#!/bin/sh\nexec '{}' --library-path '{}' '{}' \"$@\"\n",
+                self.loader().display(),
+                self.library_path(),
+                self.program(name)?.display()
+            );
+            let path = folder.join(name);
+            fs::write(&path, script)?;
+            fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+        }
+        let own = std::env::var_os("PATH").unwrap_or_default();
+        let folders = [folder].into_iter().chain(std::env::split_paths(&own));
+        Ok(std::env::join_paths(folders)?)
     }
 
     fn program(&self, name: &str) -> Result<PathBuf> {
@@ -237,7 +275,7 @@ fn download_and_unpack(base: &Path, root: &Path) -> Result<()> {
     wanted.insert(apt.dependency(KERNEL)?);
     wanted.extend(GUEST.iter().map(ToString::to_string));
 
-    sh::progress(format_args!("fetching {} packages (75 MB)", wanted.len()));
+    sh::progress(format_args!("fetching {} packages (80 MB)", wanted.len()));
     let debs = base.join("debs");
     sh::fresh(&debs)?;
     fs::create_dir_all(&debs)?;

@@ -1,6 +1,8 @@
 //! Tests of all packages, through cargo-nextest where it is installed, else through cargo itself.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
@@ -11,46 +13,79 @@ use crate::sh;
 
 use super::Context;
 
-pub fn run(_: &Context, _: &[String]) -> Result<Vec<Outcome>> {
-    let nextest = sh::quiet(build::cargo().args(["nextest", "--version"])).is_ok();
-    let mut command = build::cargo();
-    if nextest {
-        command.args([
-            "nextest",
-            "run",
-            "--workspace",
-            "--no-fail-fast",
-            "--color=never",
-        ]);
-        command.args(["--status-level=fail", "--final-status-level=fail"]);
-        command.args(["--show-progress=none"]);
-    } else {
-        sh::progress("cargo-nextest is not installed: using cargo test");
-        command.args(["test", "--workspace", "--no-fail-fast", "--quiet"]);
-    }
-    let (lines, success) = run_and_show(&mut command)?;
-    let (passed, failed) = if nextest {
-        nextest_counts(&lines)
-    } else {
-        cargo_counts(&lines)
+pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
+    let packages = context.packages()?;
+    let runner = Runner {
+        nextest: sh::quiet(build::cargo().args(["nextest", "--version"])).is_ok(),
+        path: packages.search_path()?,
+        kernel: packages.kernel(),
     };
-    if passed + failed == 0 {
-        bail!("no test has run: see the messages above");
+    if !runner.nextest {
+        sh::progress("cargo-nextest is not installed: using cargo test");
     }
-    let mut outcomes = vec![Outcome::new("test", Verdict::Passed); passed];
-    for name in &failed_names(&lines, failed) {
-        outcomes.push(Outcome::new(
-            name,
-            Verdict::Failed("see the output above".into()),
-        ));
+    let mut outcomes = runner.run(&["--workspace"], false)?;
+    // Tests that need more than a checkout: a stock kernel, a loop device.
+    let mut more = vec!["anemone-boot"];
+    if sh::is_root() && Path::new("/dev/loop-control").exists() {
+        more.push("anemone-blk");
+    } else {
+        sh::progress("the test of disks on block devices needs root and the loop driver");
     }
-    if !success && failed == 0 {
-        outcomes.push(Outcome::new(
-            "cargo",
-            Verdict::Failed("it failed after the tests, or some were not built".into()),
-        ));
+    for package in more {
+        outcomes.extend(runner.run(&["--package", package], true)?);
     }
     Ok(outcomes)
+}
+
+/// How tests are started.
+struct Runner {
+    nextest: bool,
+    /// Search path with the programs that tests compare with.
+    path: OsString,
+    kernel: PathBuf,
+}
+
+impl Runner {
+    /// Runs the tests of some packages: those that need nothing, or those marked as ignored.
+    fn run(&self, packages: &[&str], ignored: bool) -> Result<Vec<Outcome>> {
+        let mut command = build::cargo();
+        if self.nextest {
+            command.args(["nextest", "run", "--no-fail-fast", "--color=never"]);
+            command.args(["--status-level=fail", "--final-status-level=fail"]);
+            command.args(["--show-progress=none"]).args(packages);
+            if ignored {
+                command.args(["--run-ignored", "only"]);
+            }
+        } else {
+            command
+                .args(["test", "--no-fail-fast", "--quiet"])
+                .args(packages);
+            if ignored {
+                command.args(["--", "--ignored"]);
+            }
+        }
+        command
+            .env("PATH", &self.path)
+            .env("ANEMONE_KERNEL", &self.kernel);
+        let (lines, success) = run_and_show(&mut command)?;
+        let (passed, failed) = match self.nextest {
+            true => nextest_counts(&lines),
+            false => cargo_counts(&lines),
+        };
+        if passed + failed == 0 {
+            bail!("no test has run: see the messages above");
+        }
+        let mut outcomes = vec![Outcome::new("test", Verdict::Passed); passed];
+        for name in &failed_names(&lines, failed) {
+            let why = Verdict::Failed("see the output above".into());
+            outcomes.push(Outcome::new(name, why));
+        }
+        if !success && failed == 0 {
+            let why = "it failed after the tests, or some were not built".into();
+            outcomes.push(Outcome::new("cargo", Verdict::Failed(why)));
+        }
+        Ok(outcomes)
+    }
 }
 
 /// Shows a command's output while it runs, and keeps it.
