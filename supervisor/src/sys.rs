@@ -322,49 +322,6 @@ pub fn limit(resource: libc::__rlimit_resource_t) -> io::Result<(Option<u64>, Op
     Ok((number(limit.rlim_cur), number(limit.rlim_max)))
 }
 
-/// Gives back what only the start of a VM needed: free heap, and the pages of this program's code
-/// and constants, which the system maps in again where they are used. A supervisor that waits is
-/// left with a few of them.
-pub fn release_memory() {
-    // SAFETY: no pointers; only free memory is touched.
-    unsafe { libc::malloc_trim(0) };
-    // SAFETY: the callback has the type that the call expects and uses no data.
-    unsafe { libc::dl_iterate_phdr(Some(release_segments), std::ptr::null_mut()) };
-}
-
-/// Lets go of the segments of a loaded object that nobody can have written to.
-unsafe extern "C" fn release_segments(
-    object: *mut libc::dl_phdr_info,
-    _: libc::size_t,
-    _: *mut libc::c_void,
-) -> libc::c_int {
-    const PAGE: usize = 4096;
-    // SAFETY: the caller passes a valid object with its program headers.
-    let (base, headers) = unsafe {
-        let object = &*object;
-        let count = usize::from(object.dlpi_phnum);
-        let headers = std::slice::from_raw_parts(object.dlpi_phdr, count);
-        (object.dlpi_addr as usize, headers)
-    };
-    for header in headers {
-        let read_only = header.p_flags & libc::PF_W == 0;
-        if header.p_type != libc::PT_LOAD || !read_only {
-            continue;
-        }
-        // A page that a writable segment begins in is left alone.
-        let start = base
-            .wrapping_add(header.p_vaddr as usize)
-            .next_multiple_of(PAGE);
-        let end = base.wrapping_add((header.p_vaddr + header.p_memsz) as usize) & !(PAGE - 1);
-        if end > start {
-            // SAFETY: whole pages of a private mapping that was never writable: their content is
-            // that of the file, with or without this call.
-            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
-        }
-    }
-    0
-}
-
 /// Effective user id.
 pub fn effective_user() -> u32 {
     // SAFETY: no pointers; it cannot fail.

@@ -22,6 +22,9 @@ pub enum Error {
     /// The control channel failed.
     #[error("{0}")]
     Channel(#[from] anemone_ipc::Error),
+    /// A descriptor that the supervisor should have left is not there.
+    #[error("{0}")]
+    Inherited(#[from] anemone_process::Error),
     /// The accelerator failed.
     #[error("{0}")]
     Accel(#[from] anemone_accel_api::Error),

@@ -16,11 +16,11 @@ mod run;
 #[cfg(feature = "serial")]
 mod serial;
 
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use anemone_ipc::vmm::{FromVmm, ToVmm};
 use anemone_ipc::{CONTROL_FD, Channel};
+use anemone_process::inherited_fd;
 
 use crate::args::{Args, Mode};
 use crate::error::Error;
@@ -55,27 +55,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// Takes over a descriptor that the supervisor has put at a fixed number.
-fn inherited(number: i32) -> Result<OwnedFd, Error> {
-    // SAFETY: plain system call; it only looks the number up and sets close-on-exec.
-    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return Err(Error::os("inherited descriptor")(
-            std::io::Error::last_os_error(),
-        ));
-    }
-    // SAFETY: the descriptor is open, and by agreement with the supervisor this is its owner.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
 /// Tells whether KVM on this host can run a stock kernel: exit status 0, or the reason on
 /// standard output and 1.
 #[cfg(feature = "kvm")]
 fn self_test(jail: &jail::Settings) -> ExitCode {
     use anemone_accel_kvm::Verdict;
-    let verdict = inherited(SELF_TEST_FD).and_then(|device| {
-        jail::enter(jail)?;
-        Ok(anemone_accel_kvm::self_test(device)?)
-    });
+    let verdict = inherited_fd(SELF_TEST_FD)
+        .map_err(Error::from)
+        .and_then(|device| {
+            jail::enter(jail)?;
+            Ok(anemone_accel_kvm::self_test(device)?)
+        });
     match verdict {
         Ok(Verdict::Usable) => ExitCode::SUCCESS,
         Ok(Verdict::Unusable(reason)) => {
@@ -91,7 +81,7 @@ fn self_test(jail: &jail::Settings) -> ExitCode {
 
 /// Builds and runs the one machine this process is for.
 fn serve(jail: &jail::Settings) -> Result<(), Error> {
-    let channel = Channel::new(inherited(CONTROL_FD)?);
+    let channel = Channel::new(inherited_fd(CONTROL_FD)?);
     jail::enter(jail)?;
     let mut received = channel.recv::<ToVmm>()?;
     let ToVmm::Configure(config) = &received.message else {

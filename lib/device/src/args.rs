@@ -1,11 +1,10 @@
 //! The command line that all device processes share.
 
 use std::ffi::OsString;
-use std::fmt;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
+use anemone_process::inherited_fd;
 use anemone_sandbox::Mode;
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
@@ -142,37 +141,6 @@ fn help(about: &About) -> String {
     )
 }
 
-/// Descriptors taken over so far, each once.
-static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
-
-/// The descriptors that the command line named.
-pub(crate) fn named_fds() -> Vec<RawFd> {
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clone()
-}
-
-/// Takes over a descriptor that the process has inherited, by its number, and keeps it from being
-/// inherited further. Each number can be taken once.
-///
-/// # Errors
-/// The number is not an open descriptor, or has been taken.
-pub fn inherited_fd(number: RawFd) -> Result<OwnedFd, InheritedFdError> {
-    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-    if taken.contains(&number) {
-        return Err(InheritedFdError { number, open: true });
-    }
-    // SAFETY: F_SETFD takes no pointer and fails for a number that is not open.
-    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return Err(InheritedFdError {
-            number,
-            open: false,
-        });
-    }
-    taken.push(number);
-    // SAFETY: the descriptor is open. It was inherited, as the command line is read before the
-    // process opens any of its own, and the list above makes this its only owner.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
 /// [`inherited_fd`] for the value of an option, as [`ValueExt::parse_with`] wants it.
 ///
 /// # Errors
@@ -180,26 +148,6 @@ pub fn inherited_fd(number: RawFd) -> Result<OwnedFd, InheritedFdError> {
 pub fn parse_fd(text: &str) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
     Ok(inherited_fd(text.parse()?)?)
 }
-
-/// Why a descriptor named on the command line cannot be used.
-#[derive(Debug)]
-pub struct InheritedFdError {
-    number: RawFd,
-    open: bool,
-}
-
-impl fmt::Display for InheritedFdError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { number, open } = self;
-        if *open {
-            write!(f, "descriptor {number} is named twice")
-        } else {
-            write!(f, "descriptor {number} is not open in this process")
-        }
-    }
-}
-
-impl std::error::Error for InheritedFdError {}
 
 #[cfg(test)]
 mod tests {

@@ -22,11 +22,11 @@ mod main_loop;
 mod memory;
 mod session;
 mod timer;
-mod trim;
 mod vring;
 
+pub use anemone_process::inherited_fd;
 pub use anemone_sandbox::{Filter, Mode};
-pub use args::{About, Common, inherited_fd, parse_fd};
+pub use args::{About, Common, parse_fd};
 pub use host::Host;
 pub use main_loop::{listen, run};
 pub use timer::Timer;

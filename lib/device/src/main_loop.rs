@@ -14,7 +14,7 @@ use anemone_ipc::{Channel, Error as ChannelError};
 
 use crate::args::{self, Common, Request};
 use crate::session::Session;
-use crate::{Device, Filter, Host, Program, jail, trim};
+use crate::{Device, Filter, Host, Program, jail};
 
 /// After so long without an event, set-up is taken to be over.
 const QUIET_MS: i32 = 500;
@@ -62,7 +62,8 @@ enum Failure {
 
 fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
     // What else was inherited is nobody's business here.
-    anemone_sandbox::close_extra_fds(&args::named_fds()).map_err(|e| Failure::Run(e.into()))?;
+    anemone_sandbox::close_extra_fds(&anemone_process::inherited_fds())
+        .map_err(|e| Failure::Run(e.into()))?;
     let host = Host::new(common.control.take().map(Channel::new));
     let opened = open(program, &common);
     let (device, listener) = opened.map_err(|error| {
@@ -207,7 +208,7 @@ impl<D: Device> MainLoop<D> {
         let n = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout) };
         if n == 0 {
             self.untrimmed = false;
-            trim::unmap_code();
+            anemone_process::release_memory();
         }
         if n < 0 {
             let error = io::Error::last_os_error();

@@ -474,7 +474,7 @@ impl<'a> Session<'a> {
             self.jailed = true;
             jail::enter(self.host.vm.config.sandbox)?;
         }
-        sys::release_memory();
+        anemone_process::release_memory();
         Ok(())
     }
 

@@ -1,0 +1,114 @@
+//! What all processes of a VM do with themselves: take over inherited descriptors, and give back
+//! memory that only their start needed.
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::{Mutex, PoisonError};
+
+use thiserror::Error;
+
+/// Why an inherited descriptor cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Error {
+    /// It has been taken over already.
+    #[error("descriptor {0} is named twice")]
+    Twice(RawFd),
+    /// There is none of this number.
+    #[error("descriptor {0} is not open in this process")]
+    NotOpen(RawFd),
+}
+
+/// Descriptors taken over so far, each once.
+static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+
+/// The descriptors that were taken over so far.
+pub fn inherited_fds() -> Vec<RawFd> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Takes over a descriptor that the process has inherited, by its number, and keeps it from being
+/// inherited further. Each number can be taken once.
+///
+/// # Errors
+/// [`Error::NotOpen`] and [`Error::Twice`].
+pub fn inherited_fd(number: RawFd) -> Result<OwnedFd, Error> {
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if taken.contains(&number) {
+        return Err(Error::Twice(number));
+    }
+    // SAFETY: F_SETFD takes no pointer and fails for a number that is not open.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(Error::NotOpen(number));
+    }
+    taken.push(number);
+    // SAFETY: the descriptor is open. It was inherited, as the command line is read before the
+    // process opens any of its own, and the list above makes this its only owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Gives back what only the start of the process needed: free heap, and the pages of its code and
+/// constants. The kernel maps again what is touched, from its page cache; most never is: it
+/// belongs to the start (relocation, arguments, the jail) or to what does not happen (unwinding,
+/// formatting of numbers). No effect on failure.
+pub fn release_memory() {
+    // SAFETY: no pointers; only free memory is touched.
+    unsafe { libc::malloc_trim(0) };
+    // SAFETY: the callback has the type that the call expects and uses no data.
+    unsafe { libc::dl_iterate_phdr(Some(release_segments), ptr::null_mut()) };
+}
+
+/// Lets go of the segments of a loaded object that nobody can have written to.
+unsafe extern "C" fn release_segments(
+    object: *mut libc::dl_phdr_info,
+    _: libc::size_t,
+    _: *mut libc::c_void,
+) -> libc::c_int {
+    const PAGE: usize = 4096;
+    // SAFETY: the caller passes a valid object with its program headers.
+    let (base, headers) = unsafe {
+        let object = &*object;
+        let count = usize::from(object.dlpi_phnum);
+        let headers = std::slice::from_raw_parts(object.dlpi_phdr, count);
+        (object.dlpi_addr as usize, headers)
+    };
+    for header in headers {
+        let read_only = header.p_flags & libc::PF_W == 0;
+        if header.p_type != libc::PT_LOAD || !read_only {
+            continue;
+        }
+        // A page that a writable segment begins in is left alone.
+        let start = base
+            .wrapping_add(header.p_vaddr as usize)
+            .next_multiple_of(PAGE);
+        let end = base.wrapping_add((header.p_vaddr + header.p_memsz) as usize) & !(PAGE - 1);
+        if end > start {
+            // SAFETY: whole pages of a private mapping that was never writable: their content is
+            // that of the file, with or without this call.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        }
+    }
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn descriptors_are_taken_once() {
+        let number = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
+        let fd = inherited_fd(number).unwrap();
+        assert_eq!(inherited_fd(number).unwrap_err(), Error::Twice(number));
+        assert_eq!(inherited_fd(9999).unwrap_err(), Error::NotOpen(9999));
+        assert!(inherited_fds().contains(&number));
+        drop(fd);
+    }
+
+    #[test]
+    fn nothing_is_lost_with_the_pages() {
+        let text = format!("kept {}", 1);
+        release_memory();
+        assert_eq!(text, "kept 1");
+    }
+}
