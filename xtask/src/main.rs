@@ -65,9 +65,9 @@ enum Command {
         /// The configuration.
         #[arg(long, value_name = "PATH", default_value = "configs/full.toml")]
         config: PathBuf,
-        /// Optimised and stripped.
+        /// Builds with debug information and checks, into build/out/NAME-debug.
         #[arg(long)]
-        release: bool,
+        debug: bool,
     },
     /// Print sizes of binaries, sources, graphs, policies and running VMs.
     Footprint {
@@ -131,8 +131,8 @@ fn dispatch(command: Command) -> Result<bool> {
             Bench::Memory => bench::memory()?,
             Bench::Block { runs, seconds } => bench::block(runs, seconds)?,
         },
-        Command::Build { config, release } => {
-            for (_, path) in build::build(&config, release)?.iter() {
+        Command::Build { config, debug } => {
+            for (_, path) in build::build(&config, !debug)?.iter() {
                 println!("{}", path.display());
             }
         }
