@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use anemone_ipc::vmm::{Accel, Event, FromVmm, Summary, ToVmm, VmConfig};
+use anemone_ipc::vmm::{Accel, Device, Event, FromVmm, Summary, ToVmm, VmConfig};
 use anemone_ipc::{CONTROL_FD, Channel, FdIndex, VERSION, pair};
 
 const MEMORY: u64 = 64 << 20;
@@ -288,9 +288,34 @@ impl Nonsense {
 
 #[test]
 fn nonsense_from_the_guest_harms_nothing() {
-    let (mut vmm, _) = Vmm::start();
+    // A disk whose back end never answers: its registers work all the same.
+    let (mut vmm, answer) = Vmm::configure(|config| {
+        config.devices.push(Device {
+            id: "disk0".to_owned(),
+            device_type: 2,
+            slot: 8,
+            queues: 4,
+            config_size: 60,
+            socket: None,
+        });
+    });
+    assert!(matches!(answer, FromVmm::Ready(_)), "{answer:?}");
+    vmm.channel.send(&ToVmm::Start, &[]).unwrap();
+    let disk = 0xC080_0000;
+    vmm.ask(&format!("write {:#x} 2 6", ECAM + (8 << 15) + 4));
+    assert_eq!(
+        vmm.number(&format!("read {:#x} 2", disk + 18)),
+        4,
+        "queues of the disk"
+    );
     let mut random = Nonsense(0x0123_4567_89AB_CDEF);
     let places = [
+        disk,
+        disk + 0x2000,
+        disk + 0x3000,
+        disk + 0x4000,
+        disk + 0x5000,
+        ECAM + (8 << 15),
         ECAM,
         ECAM + (3 << 15),
         0xFEC0_0000,
