@@ -120,7 +120,11 @@ pub fn open_kvm() -> Result<OwnedFd, String> {
         .open(KVM)
         .map(OwnedFd::from)
         .map_err(|error| {
-            let owner = fs::metadata(KVM).ok().map(|metadata| metadata.gid());
+            // A group helps only where the group may read and write.
+            let owner = fs::metadata(KVM)
+                .ok()
+                .filter(|metadata| metadata.mode() & 0o060 == 0o060)
+                .map(|metadata| metadata.gid());
             advice(&error, owner, sys::effective_user())
         })
 }
@@ -145,6 +149,10 @@ fn advice(error: &io::Error, group: Option<u32>, user: u32) -> String {
                  again: sudo usermod --append --groups {group} {user}"
             )
         }
+        (io::ErrorKind::PermissionDenied, None) => format!(
+            "you may not open {KVM}, and no group may. Ask the administrator to give it to a \
+             group, for example: chgrp kvm {KVM} && chmod 660 {KVM}"
+        ),
         _ => format!("{KVM}: {error}"),
     }
 }
@@ -236,6 +244,7 @@ mod tests {
             text.ends_with("sudo usermod --append --groups root root"),
             "{text}"
         );
+        assert!(advice(&denied, None, 0).contains("chmod 660"));
         let missing = io::Error::from(io::ErrorKind::NotFound);
         assert!(advice(&missing, None, 0).contains("modprobe"));
     }
