@@ -37,3 +37,8 @@ pub fn restrict_vcpu(mode: Mode) -> Result<(), Error> {
 pub fn restrict_device(mode: Mode) -> Result<(), Error> {
     Ok(anemone_sandbox::restrict(&policies::DEVICE, mode)?)
 }
+
+/// Narrows the first thread, which from now on only waits and reports.
+pub fn restrict_run(mode: Mode) -> Result<(), Error> {
+    Ok(anemone_sandbox::restrict(&policies::RUN, mode)?)
+}

@@ -103,6 +103,7 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
             .spawn(move || run_vcpu(index, vcpu, &board, &happenings, mode))
             .map_err(Error::os("starting a vCPU thread"))?;
     }
+    jail::restrict_run(mode)?;
     // Loading a kernel takes memory that running it does not.
     anemone_process::release_memory();
     let mut panicked = false;
