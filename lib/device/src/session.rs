@@ -326,6 +326,7 @@ impl Session {
             call: ring.call.clone(),
             err: ring.err.clone(),
             features: self.features,
+            untold: false,
         };
         device
             .start_queue(vring)

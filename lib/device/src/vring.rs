@@ -43,6 +43,8 @@ pub struct Vring {
     pub(crate) err: Option<Arc<OwnedFd>>,
     /// virtio features the driver has accepted.
     pub features: u64,
+    /// Chains were returned of which the driver has not been told.
+    pub(crate) untold: bool,
 }
 
 impl Vring {
@@ -64,6 +66,7 @@ impl Vring {
     /// # Errors
     /// `head` is not a descriptor of this ring.
     pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        self.untold = true;
         let result = self.queue.add_used(&*self.memory, head, written);
         result.map_err(|source| self.broken(source))
     }
@@ -73,7 +76,8 @@ impl Vring {
     /// # Errors
     /// The ring cannot be read; not possible while guest memory is as it was at the start.
     pub fn notify(&mut self) -> Result<(), RingError> {
-        if self.wants_interrupt()?
+        if std::mem::take(&mut self.untold)
+            && self.wants_interrupt()?
             && let Some(call) = &self.call
         {
             signal(call);

@@ -1,0 +1,286 @@
+//! A virtio device from the guest's side to its back end: registers in `anemone-vmm`, vhost-user
+//! to a real `anemone-rng`, queue and interrupt by hand. And back ends that misbehave.
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anemone_driver::Process;
+use anemone_ipc::FdIndex;
+use anemone_ipc::vmm::{Device, Event, FromVmm, ToVmm};
+use common::{ECAM, MORE_FDS, Vmm};
+
+const SLOT: u64 = 2;
+const BAR: u64 = 0xC020_0000;
+const CONFIG: u64 = ECAM + (SLOT << 15);
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where the queue and its buffer lie in guest memory.
+const DESCRIPTORS: u64 = 0x20_0000;
+const AVAILABLE: u64 = 0x20_1000;
+const USED: u64 = 0x20_2000;
+const BUFFER: u64 = 0x20_3000;
+/// The interrupt that the queue's vector sends.
+const MESSAGE: (u64, u64) = (0xFEE0_0000, 0x41);
+
+fn program(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_anemone-vmm")).with_file_name(name);
+    assert!(
+        path.exists(),
+        "{} is not built; build the workspace",
+        path.display()
+    );
+    path
+}
+
+fn rng(socket: u16) -> Device {
+    Device {
+        id: "rng".to_owned(),
+        device_type: 4,
+        slot: SLOT as u8,
+        queues: 1,
+        config_size: 0,
+        socket: Some(FdIndex(socket)),
+    }
+}
+
+/// A machine whose one device is served over `socket`.
+fn machine(socket: &UnixStream) -> (Vmm, FromVmm) {
+    Vmm::configure_with(&[socket.as_fd()], |config| {
+        config.devices.push(rng(MORE_FDS))
+    })
+}
+
+fn connect(process: &Process) -> UnixStream {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(process.socket()) {
+            Ok(socket) => return socket,
+            Err(e) => assert!(Instant::now() < end, "{e}"),
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A running machine and its entropy source.
+fn running() -> (Vmm, Process) {
+    let process = Process::start(program("anemone-rng"), &[]).unwrap();
+    let socket = connect(&process);
+    let (mut vmm, answer) = machine(&socket);
+    assert!(matches!(answer, FromVmm::Ready(_)), "{answer:?}");
+    vmm.channel.send(&ToVmm::Start, &[]).unwrap();
+    vmm.ask(&format!("write {:#x} 2 6", CONFIG + 4));
+    (vmm, process)
+}
+
+/// Finds the MSI-X capability and lets vector 1, unmasked or not, send [`MESSAGE`].
+fn enable_msix(vmm: &mut Vmm, masked: bool) {
+    let mut at = vmm.number(&format!("read {:#x} 1", CONFIG + 0x34));
+    while vmm.number(&format!("read {:#x} 1", CONFIG + at)) != 0x11 {
+        at = vmm.number(&format!("read {:#x} 1", CONFIG + at + 1));
+        assert_ne!(at, 0, "no MSI-X capability");
+    }
+    let entry = BAR + 0x4000 + 16;
+    vmm.ask(&format!("write {entry:#x} 8 {}", MESSAGE.0));
+    vmm.ask(&format!("write {:#x} 4 {}", entry + 8, MESSAGE.1));
+    vmm.ask(&format!("write {:#x} 4 {}", entry + 12, u64::from(masked)));
+    vmm.ask(&format!("write {:#x} 2 0x8000", CONFIG + at + 2));
+}
+
+/// What a driver does from reset to DRIVER_OK, with the queue at its fixed place.
+fn set_up(vmm: &mut Vmm) {
+    let mut register = |offset: u64, width: u64, value: u64| {
+        vmm.ask(&format!("write {:#x} {width} {value}", BAR + offset));
+    };
+    register(20, 1, 1);
+    register(20, 1, 3);
+    register(8, 4, 1);
+    register(12, 4, 1); // VIRTIO_F_VERSION_1 and nothing else
+    register(20, 1, 11);
+    register(22, 2, 0);
+    register(24, 2, 8);
+    register(26, 2, 1);
+    register(32, 8, DESCRIPTORS);
+    register(40, 8, AVAILABLE);
+    register(48, 8, USED);
+    register(28, 2, 1);
+    register(20, 1, 15);
+    assert_eq!(vmm.number(&format!("read {:#x} 1", BAR + 20)), 15);
+    // One writable buffer of 64 bytes.
+    vmm.ask(&format!("write {DESCRIPTORS:#x} 8 {BUFFER:#x}"));
+    vmm.ask(&format!("write {:#x} 4 64", DESCRIPTORS + 8));
+    vmm.ask(&format!("write {:#x} 4 2", DESCRIPTORS + 12));
+}
+
+/// Offers the buffer for the `n`th time and rings.
+fn request(vmm: &mut Vmm, n: u64) {
+    vmm.ask(&format!(
+        "write {:#x} 2 0",
+        AVAILABLE + 4 + ((n - 1) % 8) * 2
+    ));
+    vmm.ask(&format!("write {:#x} 2 {n}", AVAILABLE + 2));
+    vmm.ask(&format!("write {:#x} 2 0", BAR + 0x3000));
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < end, "{what} has not come");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn wait_used(vmm: &mut Vmm, n: u64) {
+    wait("the used buffer", || {
+        vmm.number(&format!("read {:#x} 2", USED + 2)) == n
+    });
+}
+
+/// Whether the queue has interrupted since the last call. More than once is allowed.
+fn interrupted(vmm: &mut Vmm) -> bool {
+    let answer = vmm.ask("interrupts");
+    let expected = format!("{:#x}:{:#x}:", MESSAGE.0, MESSAGE.1);
+    assert!(
+        answer.is_empty() || answer.starts_with(&expected),
+        "{answer}"
+    );
+    !answer.is_empty()
+}
+
+#[test]
+fn entropy_arrives_with_its_interrupt() {
+    let (mut vmm, _process) = running();
+    enable_msix(&mut vmm, false);
+    set_up(&mut vmm);
+    request(&mut vmm, 1);
+    wait_used(&mut vmm, 1);
+    wait("the interrupt", || interrupted(&mut vmm));
+    assert_eq!(
+        vmm.number(&format!("read {:#x} 4", USED + 8)),
+        64,
+        "bytes written"
+    );
+    let first = vmm.ask(&format!("load {BUFFER:#x} 64"));
+    assert_ne!(first, "00".repeat(64));
+    request(&mut vmm, 2);
+    wait_used(&mut vmm, 2);
+    assert_ne!(vmm.ask(&format!("load {BUFFER:#x} 64")), first);
+}
+
+#[test]
+fn interrupt_while_masked_is_pending_and_then_delivered() {
+    let (mut vmm, _process) = running();
+    enable_msix(&mut vmm, true);
+    set_up(&mut vmm);
+    request(&mut vmm, 1);
+    wait_used(&mut vmm, 1);
+    let pending = format!("read {:#x} 8", BAR + 0x5000);
+    wait("the pending bit", || vmm.number(&pending) == 0b10);
+    assert!(!interrupted(&mut vmm));
+    vmm.ask(&format!("write {:#x} 4 0", BAR + 0x4000 + 16 + 12));
+    assert_eq!(vmm.number(&pending), 0);
+    wait("the interrupt", || interrupted(&mut vmm));
+}
+
+#[test]
+fn device_is_reset_and_used_again() {
+    let (mut vmm, _process) = running();
+    for _ in 0..20 {
+        set_up(&mut vmm);
+        request(&mut vmm, 1);
+        wait_used(&mut vmm, 1);
+        vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
+        wait("the reset", || {
+            vmm.number(&format!("read {:#x} 1", BAR + 20)) == 0
+        });
+        // The rings of the next driver begin anew.
+        vmm.ask(&format!("write {:#x} 4 0", AVAILABLE));
+        vmm.ask(&format!("write {:#x} 4 0", USED));
+    }
+}
+
+#[test]
+fn ring_that_is_not_memory_fails_the_device_and_not_the_machine() {
+    let (mut vmm, _process) = running();
+    set_up(&mut vmm);
+    vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
+    wait("the reset", || {
+        vmm.number(&format!("read {:#x} 1", BAR + 20)) == 0
+    });
+    for (offset, value) in [(20, 1), (20, 3), (8, 1), (12, 1), (20, 11)] {
+        vmm.ask(&format!(
+            "write {:#x} {} {value}",
+            BAR + offset,
+            if offset == 20 { 1 } else { 4 }
+        ));
+    }
+    vmm.ask(&format!("write {:#x} 8 0xffffffff0000", BAR + 32));
+    vmm.ask(&format!("write {:#x} 2 1", BAR + 28));
+    vmm.ask(&format!("write {:#x} 1 15", BAR + 20));
+    let status = vmm.number(&format!("read {:#x} 1", BAR + 20));
+    assert_ne!(status & 64, 0, "DEVICE_NEEDS_RESET is set");
+    vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
+    set_up(&mut vmm);
+    request(&mut vmm, 1);
+    wait_used(&mut vmm, 1);
+}
+
+#[test]
+fn vanished_back_end_is_named() {
+    let (vmm, process) = running();
+    drop(process);
+    let Event::DeviceFailed { id, reason } = vmm.event() else {
+        panic!("another event")
+    };
+    assert_eq!(id, "rng");
+    assert!(reason.contains("closed"), "{reason}");
+}
+
+#[test]
+fn back_ends_that_do_not_speak_vhost_user_are_refused() {
+    let refusal = |back_end: fn(UnixStream)| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let player = thread::spawn(move || back_end(ours));
+        let (mut vmm, answer) = machine(&theirs);
+        drop(theirs);
+        let FromVmm::Refused { message } = answer else {
+            panic!("{answer:?}")
+        };
+        vmm.child.wait().unwrap();
+        player.join().unwrap();
+        assert!(message.contains("`rng`"), "{message}");
+        message
+    };
+    assert!(refusal(drop).contains("closed"));
+    // Rubbish, then a header that announces far too much, then one for another request.
+    refusal(|mut socket| {
+        let _ = socket.write_all(&[0xA5; 64]);
+        let _ = socket.read(&mut [0; 64]);
+    });
+    refusal(|mut socket| {
+        let _ = socket.read(&mut [0; 64]);
+        let _ = socket.write_all(&[1, 0, 0, 0, 5, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0x7F]);
+    });
+    refusal(|mut socket| {
+        let _ = socket.read(&mut [0; 64]);
+        let mut reply = [0; 20];
+        reply[..12].copy_from_slice(&[15, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
+        let _ = socket.write_all(&reply);
+    });
+    // A legacy device: no VIRTIO_F_VERSION_1.
+    let legacy = refusal(|mut socket| {
+        let mut request = [0; 24];
+        let _ = socket.read(&mut request);
+        let mut reply = [0; 20];
+        reply[..12].copy_from_slice(&[1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
+        let _ = socket.write_all(&reply);
+        let _ = socket.read(&mut request);
+    });
+    assert!(legacy.contains("VERSION_1"), "{legacy}");
+}
