@@ -139,3 +139,26 @@ fn wait_stop(tid: i32) -> Result<()> {
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    /// A process without a filter: what is injected is executed, and that is told apart from a
+    /// denial.
+    #[test]
+    fn a_call_that_is_allowed_is_noticed() {
+        let sleeper = crate::sh::spawn(Command::new("sleep").arg("60")).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        let pid = sleeper.0.id();
+        let call = Call {
+            name: "getppid",
+            number: libc::SYS_getppid,
+            arguments: [0; 3],
+        };
+        let error = must_be_killed(pid, pid, call).unwrap_err().to_string();
+        let own = std::process::id();
+        assert_eq!(error, format!("getppid was not denied: it returned {own}"));
+    }
+}
