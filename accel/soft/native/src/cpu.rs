@@ -1,0 +1,558 @@
+//! The guest's user-level registers and the cache of thunks that work on them.
+
+use std::arch::asm;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::io;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use iced_x86::{Encoder, Instruction};
+
+use crate::code::{CodeBuffer, serialize};
+use crate::fault::{self, WINDOW, Window};
+use crate::form::{Form, X87};
+use crate::state::{
+    FCW, FDP, FIP, FOP, FSW, MXCSR, MXCSR_MASK, SCRATCH_SIZE, UserState, XMM, XSAVE_SIZE,
+    XSTATE_BV, XsaveArea, YMM_HIGH,
+};
+use crate::thunk::Plan;
+use crate::{Flags, Unsupported};
+
+/// Why a [`NativeCpu`] cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// XSAVE is what keeps x87 state; every x86-64 CPU since 2011 has it.
+    #[error("the host's CPU or kernel does not offer XSAVE")]
+    NoXsave,
+    /// Guest x87 state lives in the registers of its thread, so there is one per thread.
+    #[error("this thread already runs a guest CPU")]
+    Occupied,
+    /// No code memory, or no signal handler.
+    #[error("cannot set up memory for generated code: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Why an instruction did not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// #MF: an unmasked x87 exception was pending. Nothing has changed.
+    #[error("#MF: an x87 exception is pending")]
+    Math,
+    /// #XM: an unmasked SIMD exception. MXCSR shows which; no other register and no memory changed.
+    #[error("#XM: an unmasked SIMD floating-point exception")]
+    Simd,
+    /// The thunk's code is gone since the cache was flushed: look it up again.
+    #[error("the thunk was flushed")]
+    Stale,
+}
+
+/// How an instruction completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completed {
+    /// False when an x87 store met an unmasked exception and left its destination as it was
+    /// (SDM volume 1, section 8.5): a caller that copies results back must not. Always true otherwise.
+    pub stored: bool,
+}
+
+/// Where the guest's instruction is, for the x87 environment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Location {
+    /// RIP of the instruction.
+    pub rip: u64,
+    /// Effective address of the memory operand, if there is one.
+    pub data: u64,
+    /// The last x87 opcode: [`Location::opcode_of`].
+    pub opcode: u16,
+}
+
+impl Location {
+    /// The x87 opcode in the bytes of an instruction as FOP holds it (SDM volume 1, section 8.1.9):
+    /// the low three bits of the first byte, then ModRM. It depends on how memory is addressed, which
+    /// a thunk does not know. 0 if this is no x87 instruction.
+    pub fn opcode_of(bytes: &[u8]) -> u16 {
+        bytes
+            .iter()
+            .position(|byte| (0xd8..=0xdf).contains(byte))
+            .map_or(0, |start| {
+                let modrm = bytes.get(start + 1).copied().unwrap_or(0);
+                u16::from(bytes[start] & 7) << 8 | u16::from(modrm)
+            })
+    }
+}
+
+/// A native function for one instruction. A copy can be kept with the decoded instruction; it is
+/// good until [`NativeCpu::flush`], after which running it answers [`Fault::Stale`].
+#[derive(Clone, Copy, Debug)]
+pub struct Thunk {
+    entry: *const u8,
+    generation: u64,
+    special: bool,
+    guest: u16,
+    fault: u16,
+    form: Form,
+}
+
+impl Thunk {
+    /// What the instruction needs and touches.
+    pub fn form(&self) -> &Form {
+        &self.form
+    }
+}
+
+/// Generations are unique in the process, so a thunk of another cache never passes for an own one.
+static GENERATION: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    static OCCUPIED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Counts for statistics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheUsage {
+    /// Thunks in the cache.
+    pub thunks: usize,
+    /// Bytes of code in use.
+    pub used: usize,
+    /// Bytes of code memory.
+    pub size: usize,
+    /// Full flushes so far.
+    pub flushes: u64,
+}
+
+/// User-level state of one guest CPU, on the thread that runs it.
+///
+/// Vector state is in memory and each thunk moves the registers that its instruction uses; x87 state
+/// moves into the host's registers at the first x87 or MMX instruction and stays there, since
+/// neither Rust nor libc's common paths use the x87, until [`NativeCpu::sync_x87`] or the drop.
+/// Code that does use it (`long double` in C) must not run in between.
+pub struct NativeCpu {
+    /// General registers and flags.
+    pub state: Box<UserState>,
+    code: CodeBuffer,
+    cache: HashMap<[u8; 16], Thunk>,
+    encoder: Encoder,
+    generation: u64,
+    flushes: u64,
+    resident: bool,
+    fop: u16,
+    fip: u64,
+    fdp: u64,
+    /// The x87 registers belong to a thread.
+    not_send: PhantomData<*const ()>,
+}
+
+impl NativeCpu {
+    /// A CPU in the state after INIT (registers 0, x87 as after FNINIT, MXCSR 1F80H) with `code_size`
+    /// bytes for thunks, which take 64 to 200 bytes each.
+    ///
+    /// # Errors
+    /// No XSAVE, a second CPU on this thread, no memory for code.
+    pub fn new(code_size: usize) -> Result<Self, CreateError> {
+        if !is_x86_feature_detected!("xsave") {
+            return Err(CreateError::NoXsave);
+        }
+        fault::install()?;
+        let code = CodeBuffer::new(code_size)?;
+        if OCCUPIED.replace(true) {
+            return Err(CreateError::Occupied);
+        }
+        Ok(Self {
+            state: UserState::new(),
+            code,
+            cache: HashMap::new(),
+            encoder: Encoder::new(64),
+            generation: GENERATION.fetch_add(1, Ordering::Relaxed),
+            flushes: 0,
+            resident: false,
+            fop: 0,
+            fip: 0,
+            fdp: 0,
+            not_send: PhantomData,
+        })
+    }
+
+    /// Finds or builds the thunk of an instruction decoded in any mode. How the memory operand is
+    /// addressed does not matter: the caller resolves it.
+    ///
+    /// When the code memory is full everything is flushed first.
+    ///
+    /// # Errors
+    /// Why the form has none.
+    pub fn thunk(&mut self, instruction: &Instruction) -> Result<Thunk, Unsupported> {
+        let form = Form::of(instruction)?;
+        let plan = Plan::new(instruction, form)?;
+        let key = plan.key(&mut self.encoder)?;
+        if let Some(thunk) = self.cache.get(&key) {
+            return Ok(*thunk);
+        }
+        let code = plan.emit(&mut self.encoder)?;
+        let offset = match self.code.append(&code.bytes) {
+            Some(offset) => offset,
+            None => {
+                self.flush();
+                self.code
+                    .append(&code.bytes)
+                    .ok_or(Unsupported::OtherClass)?
+            }
+        };
+        let thunk = Thunk {
+            entry: self.code.address(offset),
+            generation: self.generation,
+            special: form.simd_float || form.x87 != X87::No,
+            guest: code.guest as u16,
+            fault: code.fault as u16,
+            form,
+        };
+        self.cache.insert(key, thunk);
+        Ok(thunk)
+    }
+
+    /// Drops all thunks.
+    pub fn flush(&mut self) {
+        self.code.clear();
+        self.cache.clear();
+        self.generation = GENERATION.fetch_add(1, Ordering::Relaxed);
+        self.flushes += 1;
+        serialize();
+    }
+
+    /// How full the cache is.
+    pub fn usage(&self) -> CacheUsage {
+        let (used, size) = self.code.usage();
+        CacheUsage {
+            thunks: self.cache.len(),
+            used,
+            size,
+            flushes: self.flushes,
+        }
+    }
+
+    /// Runs an instruction on a memory operand in place, which is the way for an operand that lies in
+    /// one page of guest RAM. Its atomicity and ordering are the host's.
+    ///
+    /// # Errors
+    /// [`Fault`]; the state is as before the instruction.
+    ///
+    /// # Safety
+    /// If [`Form::memory`] names an operand, `memory` must be valid for its size and accesses and
+    /// aligned as it says. Otherwise `memory` is not used.
+    #[inline]
+    pub unsafe fn run(
+        &mut self,
+        thunk: &Thunk,
+        memory: *mut u8,
+        at: Location,
+    ) -> Result<Completed, Fault> {
+        if thunk.generation != self.generation {
+            return Err(Fault::Stale);
+        }
+        if thunk.special {
+            // SAFETY: as promised by the caller.
+            return unsafe { self.run_special(thunk, memory, at) };
+        }
+        // SAFETY: the generation shows that the entry is code of this cache; memory is as promised.
+        unsafe { self.call(thunk, memory) };
+        Ok(Completed { stored: true })
+    }
+
+    /// Runs an instruction on [`NativeCpu::scratch`] in place of its memory operand: the caller puts
+    /// the bytes there if [`MemoryOperand::read`](crate::MemoryOperand::read), and afterwards takes
+    /// them from there if `write` and [`Completed::stored`]. A store may be told to fault only before
+    /// the run, so the caller checks the guest's right to write first.
+    ///
+    /// # Errors
+    /// As [`NativeCpu::run`].
+    #[inline]
+    pub fn run_buffered(&mut self, thunk: &Thunk, at: Location) -> Result<Completed, Fault> {
+        let scratch = self.state.scratch.0.as_mut_ptr();
+        // SAFETY: the scratch memory is 128 bytes at a multiple of 64, more than any operand needs,
+        // and generated code is the only one to touch it meanwhile.
+        unsafe { self.run(thunk, scratch, at) }
+    }
+
+    /// The scratch operand.
+    #[inline]
+    pub fn scratch(&mut self) -> &mut [u8; SCRATCH_SIZE] {
+        &mut self.state.scratch.0
+    }
+
+    /// # Safety
+    /// The thunk is of the current generation; memory as in [`NativeCpu::run`].
+    #[inline(always)]
+    unsafe fn call(&mut self, thunk: &Thunk, memory: *mut u8) -> u32 {
+        let state: *mut UserState = &mut *self.state;
+        // SAFETY: entry is the first byte of a function of this signature, which keeps to the
+        // System V calling convention and touches only the state block and the operand.
+        unsafe {
+            let function: extern "sysv64" fn(*mut UserState, *mut u8) -> u32 =
+                std::mem::transmute(thunk.entry);
+            function(state, memory)
+        }
+    }
+
+    /// # Safety
+    /// As [`NativeCpu::run`], with the generation checked.
+    unsafe fn run_special(
+        &mut self,
+        thunk: &Thunk,
+        memory: *mut u8,
+        at: Location,
+    ) -> Result<Completed, Fault> {
+        if thunk.form.uses_x87() {
+            self.load_x87();
+        }
+        let entry = thunk.entry as usize;
+        WINDOW.set(Window {
+            start: entry + usize::from(thunk.guest),
+            end: entry + usize::from(thunk.fault),
+            exit: entry + usize::from(thunk.fault),
+        });
+        // SAFETY: as promised by the caller.
+        let faulted = unsafe { self.call(thunk, memory) } != 0;
+        WINDOW.set(Window {
+            start: 0,
+            end: 0,
+            exit: 0,
+        });
+        if faulted {
+            let pending = thunk.form.uses_x87() && x87_status() & 0x80 != 0;
+            return Err(if pending { Fault::Math } else { Fault::Simd });
+        }
+        match thunk.form.x87 {
+            X87::No | X87::Plain => {}
+            X87::Recording => {
+                self.fip = at.rip;
+                self.fop = at.opcode & 0x7ff;
+                if let Some(operand) = thunk.form.memory {
+                    self.fdp = at.data;
+                    if operand.write {
+                        return Ok(Completed {
+                            stored: !store_suppressed(),
+                        });
+                    }
+                }
+            }
+            X87::Init => (self.fip, self.fdp, self.fop) = (0, 0, 0),
+            X87::Store | X87::Load => {
+                let size = thunk
+                    .form
+                    .memory
+                    .map_or(0, |operand| usize::from(operand.size));
+                // SAFETY: the caller vouches for the operand, of which this is at most the size.
+                let image = unsafe { std::slice::from_raw_parts_mut(memory, size) };
+                self.pointers(image, thunk.form.x87 == X87::Store);
+                // FNSAVE initialises the x87 afterwards.
+                if thunk.form.x87 == X87::Store && size > 28 {
+                    (self.fip, self.fdp, self.fop) = (0, 0, 0);
+                }
+            }
+        }
+        Ok(Completed { stored: true })
+    }
+
+    /// Moves FIP, FDP and FOP to or from an environment image of 14 or 28 bytes (SDM volume 1,
+    /// figures 8-9 and 8-11), possibly followed by registers. What the host put there are addresses of
+    /// thunks, which no guest may see.
+    fn pointers(&mut self, image: &mut [u8], store: bool) {
+        // The forms with a 16-bit operand size have 14 and 94 bytes, the others 28 and 108.
+        if image.len() == 14 || image.len() == 94 {
+            let fields = [(6, self.fip as u16), (8, 0), (10, self.fdp as u16), (12, 0)];
+            if store {
+                for (offset, value) in fields {
+                    image[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
+                }
+            } else {
+                self.fip = u64::from(u16::from_le_bytes([image[6], image[7]]));
+                self.fdp = u64::from(u16::from_le_bytes([image[10], image[11]]));
+                self.fop = 0;
+            }
+        } else if image.len() >= 28 {
+            let fields = [
+                (12, self.fip as u32),
+                (16, u32::from(self.fop) << 16),
+                (20, self.fdp as u32),
+            ];
+            if store {
+                for (offset, value) in fields {
+                    image[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+                }
+                image[24..26].fill(0);
+            } else {
+                self.fip = u64::from(u32::from_le_bytes([
+                    image[12], image[13], image[14], image[15],
+                ]));
+                self.fop = u16::from_le_bytes([image[18], image[19]]) & 0x7ff;
+                self.fdp = u64::from(u32::from_le_bytes([
+                    image[20], image[21], image[22], image[23],
+                ]));
+            }
+        }
+    }
+
+    /// Puts guest x87 state into the host's registers.
+    fn load_x87(&mut self) {
+        if self.resident {
+            return;
+        }
+        // SAFETY: the area is aligned, in standard format with a zero XCOMP_BV and reserved header,
+        // and only the x87 component is asked for, for which no content is invalid.
+        unsafe {
+            asm!("xrstor64 [{}]", in(reg) &raw const self.state.area, in("eax") 1, in("edx") 0,
+                out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
+        }
+        self.resident = true;
+    }
+
+    /// Moves guest x87 state back to memory and gives the host an initialised x87: before a context
+    /// of another kind runs on this thread, and before the state is read or written as a whole.
+    /// Costs nothing if no x87 instruction ran since.
+    pub fn sync_x87(&mut self) {
+        if !self.resident {
+            return;
+        }
+        // SAFETY: the area is aligned and large enough; only the x87 component is written.
+        unsafe {
+            asm!("xsave64 [{}]", "fninit", in(reg) &raw mut self.state.area, in("eax") 1, in("edx") 0,
+                out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
+        }
+        let area = &mut self.state.area;
+        area.put(XSTATE_BV, 7_u64.to_le_bytes());
+        area.put(FOP, self.fop.to_le_bytes());
+        area.put(FIP, self.fip.to_le_bytes());
+        area.put(FDP, self.fdp.to_le_bytes());
+        self.resident = false;
+    }
+
+    /// The x87, SSE and AVX state in the standard XSAVE format, XSTATE_BV = 7: the first 512 bytes are
+    /// the FXSAVE64 image.
+    pub fn xsave_image(&mut self) -> &[u8; XSAVE_SIZE] {
+        self.sync_x87();
+        &self.state.area.0
+    }
+
+    /// Replaces the x87, SSE and AVX state by an image in the standard XSAVE format. The header is
+    /// not looked at: the caller puts the initial state where XSTATE_BV says so.
+    ///
+    /// # Errors
+    /// MXCSR has reserved bits set (#GP); nothing has changed.
+    pub fn load_xsave_image(&mut self, image: &[u8; XSAVE_SIZE]) -> Result<(), ReservedMxcsr> {
+        let fresh = XsaveArea::new();
+        let mut area = XsaveArea(*image);
+        let mxcsr = u32::from_le_bytes(area.get(MXCSR));
+        check_mxcsr(mxcsr)?;
+        self.sync_x87();
+        // The header and what the CPU does not define come from here, never from the image.
+        area.0[28..32].copy_from_slice(&fresh.0[28..32]);
+        area.0[416..YMM_HIGH].copy_from_slice(&fresh.0[416..YMM_HIGH]);
+        self.fop = u16::from_le_bytes(area.get(FOP)) & 0x7ff;
+        self.fip = u64::from_le_bytes(area.get(FIP));
+        self.fdp = u64::from_le_bytes(area.get(FDP));
+        self.state.area = area;
+        Ok(())
+    }
+
+    /// The low half of a YMM register; `register` is taken modulo 16.
+    pub fn xmm(&self, register: usize) -> [u8; 16] {
+        self.state.area.get(XMM + 16 * (register & 15))
+    }
+
+    /// Writes the low half only, as legacy SSE does.
+    pub fn set_xmm(&mut self, register: usize, value: [u8; 16]) {
+        self.state.area.put(XMM + 16 * (register & 15), value);
+    }
+
+    /// A YMM register.
+    pub fn ymm(&self, register: usize) -> [u8; 32] {
+        let mut value = [0; 32];
+        value[..16].copy_from_slice(&self.xmm(register));
+        value[16..].copy_from_slice(&self.state.area.get::<16>(YMM_HIGH + 16 * (register & 15)));
+        value
+    }
+
+    /// Writes a whole YMM register, as VEX instructions do (with a zero upper half for VEX.128).
+    pub fn set_ymm(&mut self, register: usize, value: [u8; 32]) {
+        let (low, high) = value.split_at(16);
+        for (offset, half) in [(XMM, low), (YMM_HIGH, high)] {
+            let at = offset + 16 * (register & 15);
+            self.state.area.0[at..at + 16].copy_from_slice(half);
+        }
+    }
+
+    /// MXCSR.
+    pub fn mxcsr(&self) -> u32 {
+        u32::from_le_bytes(self.state.area.get(MXCSR))
+    }
+
+    /// Loads MXCSR, as LDMXCSR does.
+    ///
+    /// # Errors
+    /// Reserved bits are set (#GP).
+    pub fn set_mxcsr(&mut self, value: u32) -> Result<(), ReservedMxcsr> {
+        check_mxcsr(value)?;
+        self.state.area.put(MXCSR, value.to_le_bytes());
+        Ok(())
+    }
+
+    /// FCW and FSW.
+    pub fn x87_control_status(&mut self) -> (u16, u16) {
+        self.sync_x87();
+        (
+            u16::from_le_bytes(self.state.area.get(FCW)),
+            u16::from_le_bytes(self.state.area.get(FSW)),
+        )
+    }
+
+    /// The arithmetic flags as bits of RFLAGS.
+    pub fn rflags(&self) -> u64 {
+        self.state.flags.to_rflags()
+    }
+
+    /// Takes the arithmetic flags from an RFLAGS image.
+    pub fn set_rflags(&mut self, rflags: u64) {
+        self.state.flags = Flags::from_rflags(rflags);
+    }
+}
+
+impl Drop for NativeCpu {
+    fn drop(&mut self) {
+        self.sync_x87();
+        OCCUPIED.set(false);
+    }
+}
+
+/// An MXCSR value with reserved bits set, which raises #GP(0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("MXCSR {0:#x} has reserved bits set; bits 0 to 15 are allowed")]
+pub struct ReservedMxcsr(pub u32);
+
+fn check_mxcsr(value: u32) -> Result<(), ReservedMxcsr> {
+    if value & !MXCSR_MASK == 0 {
+        Ok(())
+    } else {
+        Err(ReservedMxcsr(value))
+    }
+}
+
+/// FSW of the guest, which is resident.
+fn x87_status() -> u16 {
+    let status: u16;
+    // SAFETY: reads the status word; it never waits.
+    unsafe { asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    status
+}
+
+/// Whether the x87 store that just ran met an unmasked exception other than #P, and so left its
+/// destination alone. No exception was pending before, or it would have raised #MF.
+fn store_suppressed() -> bool {
+    let status = x87_status();
+    if status & 0x80 == 0 {
+        return false;
+    }
+    let mut control = 0u16;
+    // SAFETY: writes the control word to a local variable; it never waits.
+    unsafe { asm!("fnstcw [{}]", in(reg) &raw mut control, options(nostack, preserves_flags)) };
+    status & !control & 0x19 != 0
+}
