@@ -20,9 +20,11 @@ use crate::spawn::{Program, Stdio};
 use crate::sys::{self, Exit, Signals};
 
 /// Number at which the self-test finds `/dev/kvm`.
-const SELF_TEST_FD: i32 = 4;
+const DEVICE_FD: i32 = 4;
 /// Time the whole self-test may take, start of the process included. It bounds itself more tightly.
-const SELF_TEST_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Longest answer in bytes, less than a pipe holds.
+const ANSWER_SIZE: usize = 32 << 10;
 const KVM: &str = "/dev/kvm";
 
 /// No accelerator can run this VM.
@@ -169,40 +171,64 @@ fn name_of(text: &str, id: u32) -> Option<String> {
 
 /// Lets a jailed VMM process find out whether KVM can run a stock kernel; `Some` says why not.
 pub fn self_test(device: &OwnedFd, environment: Environment<'_>) -> Result<Option<String>, Error> {
+    let (exit, text) = ask_vmm("--self-test", Some(device), environment)?;
+    Ok(match exit {
+        Some(Exit::Status(0)) => None,
+        Some(exit) if text.is_empty() => Some(format!("the self-test {exit}")),
+        Some(_) => Some(printable(&text)),
+        None => Some(format!(
+            "the self-test did not end within {} seconds",
+            ANSWER_LIMIT.as_secs()
+        )),
+    })
+}
+
+/// The frozen CPU models as `anemone-vmm --cpu-models` prints them.
+pub fn cpu_models(environment: Environment<'_>) -> Result<String, Error> {
+    let device = open_kvm().ok();
+    match ask_vmm("--cpu-models", device.as_ref(), environment)? {
+        (Some(Exit::Status(0)), text) => Ok(text),
+        (exit, _) => Err(Error::Failed(match exit {
+            Some(exit) => format!("anemone-vmm --cpu-models {exit}"),
+            None => "anemone-vmm --cpu-models does not end".to_owned(),
+        })),
+    }
+}
+
+/// Runs a VMM process that answers a question on its standard output; how it ended (`None` if it
+/// did not in time) and what it said.
+fn ask_vmm(
+    question: &str,
+    device: Option<&OwnedFd>,
+    environment: Environment<'_>,
+) -> Result<(Option<Exit>, String), Error> {
     let path = environment.programs.find(registry::VMM, None)?;
     let (mut reader, writer) = io::pipe().map_err(system("pipe"))?;
     let mut program = Program::new(&path);
     program
-        .arg("--self-test")
+        .arg(question)
         .option("--parent-pid", std::process::id())
         .option("--sandbox", environment.sandbox)
         .option(
             "--log-level",
             environment.log_level.as_str().to_ascii_lowercase(),
         )
-        .fd(SELF_TEST_FD, device.as_fd())
         .stdio(Stdio::Output(writer.as_fd()));
+    if let Some(device) = device {
+        program.fd(DEVICE_FD, device.as_fd());
+    }
     let mut process = program.start()?;
     drop(program);
     drop(writer);
-    Ok(match process.wait(SELF_TEST_LIMIT) {
-        Some(Exit::Status(0)) => None,
-        Some(exit) => {
-            let mut text = [0; 2048];
-            // The writer is gone, so this does not wait.
-            let length = reader.read(&mut text).unwrap_or(0);
-            let reason = printable(&String::from_utf8_lossy(&text[..length]));
-            Some(if reason.is_empty() {
-                format!("the self-test ({}) {exit}", process.name())
-            } else {
-                reason
-            })
-        }
-        None => Some(format!(
-            "the self-test did not end within {} seconds",
-            SELF_TEST_LIMIT.as_secs()
-        )),
-    })
+    let exit = process.wait(ANSWER_LIMIT);
+    let mut text = vec![0; ANSWER_SIZE];
+    let length = match exit {
+        // The writer is gone, so this does not wait.
+        Some(_) => reader.read(&mut text).unwrap_or(0),
+        None => 0,
+    };
+    text.truncate(length);
+    Ok((exit, String::from_utf8_lossy(&text).into_owned()))
 }
 
 /// Waits for the driver of the machine.

@@ -99,6 +99,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print the CPU models, their features, and which this host can provide.
+    ///
+    /// A frozen model is the same on every host and in every release: a guest that was started on
+    /// one host finds the same CPU on another.
+    CpuModels {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print what this host offers, which layers of the jail work here, and what each process may
     /// do.
     Doctor {

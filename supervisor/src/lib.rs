@@ -11,6 +11,7 @@ mod accel;
 mod acpi_dump;
 mod check;
 pub mod cli;
+mod cpu_models;
 mod devices;
 mod doctor;
 mod error;
@@ -59,6 +60,7 @@ fn dispatch(cli: Cli) -> Result<(), Error> {
             dump_acpi,
         } => check::check(vm.resolve()?, log_level, dump_acpi.as_deref(), json),
         Command::Devices { json } => devices::print(json),
+        Command::CpuModels { json } => cpu_models::print(json, log_level),
         Command::Doctor { json, policies } => doctor::print(json, policies, log_level),
     }
 }

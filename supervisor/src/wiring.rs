@@ -111,6 +111,7 @@ impl Wiring<'_> {
             machine: self.vm.config.machine.to_string(),
             accel,
             cpus: u32::from(self.vm.config.cpus.count.get()),
+            cpu_model: self.vm.config.cpus.model.to_string(),
             memory,
             memory_fd: fds.add(&memory_fd),
             kernel: fds.add(&self.boot.kernel),

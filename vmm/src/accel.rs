@@ -4,17 +4,20 @@ use std::sync::Arc;
 
 use anemone_accel_api::Vm;
 use anemone_ipc::Received;
-use anemone_ipc::vmm::{Accel, ToVmm};
+use anemone_ipc::vmm::{Accel, ToVmm, VmConfig};
 
 use crate::error::Error;
 
-/// Makes the virtual machine of the chosen accelerator.
-pub fn create(accel: &Accel, received: &mut Received<ToVmm>) -> Result<Arc<dyn Vm>, Error> {
-    match accel {
+/// Makes the virtual machine of the chosen accelerator, its CPUs of the given model.
+pub fn create(config: &VmConfig, received: &mut Received<ToVmm>) -> Result<Arc<dyn Vm>, Error> {
+    match &config.accel {
         #[cfg(feature = "kvm")]
         Accel::Kvm { device } => {
             let device = received.take(*device)?;
-            Ok(Arc::new(anemone_accel_kvm::KvmVm::new(device)?))
+            Ok(Arc::new(anemone_accel_kvm::KvmVm::new(
+                device,
+                &config.cpu_model,
+            )?))
         }
         #[cfg(feature = "none")]
         Accel::None { socket } => {

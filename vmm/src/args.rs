@@ -16,6 +16,8 @@ Options:
   --sandbox on|log      on: a forbidden system call kills (default); log: it is reported
   --log-level LEVEL     off, error, warn (default), info, debug or trace
   --self-test           tell whether /dev/kvm, open as descriptor 4, runs stock kernels
+  --cpu-models          print the CPU models, one a line, with what the accelerator whose device
+                        is open as descriptor 4 lacks of each
   --help, --version     print and exit
 ";
 
@@ -25,6 +27,7 @@ pub enum Mode {
     Run,
     #[cfg(feature = "kvm")]
     SelfTest,
+    CpuModels,
 }
 
 /// The parsed command line.
@@ -82,6 +85,7 @@ impl Args {
             }
             #[cfg(feature = "kvm")]
             Long("self-test") => self.mode = Mode::SelfTest,
+            Long("cpu-models") => self.mode = Mode::CpuModels,
             Long("help") => self.mode = Mode::Print(HELP.to_owned()),
             Long("version") => {
                 self.mode = Mode::Print(format!("anemone-vmm {}\n", env!("CARGO_PKG_VERSION")));

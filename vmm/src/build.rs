@@ -60,7 +60,7 @@ pub fn build(
             map::CPUS_MAX
         )));
     }
-    let vm = accel::create(&config.accel, received)?;
+    let vm = accel::create(config, received)?;
     let memory_fd = received.take(config.memory_fd)?;
     let ram = memory::map_ram(&memory_fd, config.memory)?;
     memory::map_slots(&*vm, &ram)?;

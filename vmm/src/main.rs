@@ -25,9 +25,9 @@ use anemone_process::inherited_fd;
 use crate::args::{Args, Mode};
 use crate::error::Error;
 
-/// Where `--self-test` finds `/dev/kvm`.
+/// Where `--self-test` and `--cpu-models` find `/dev/kvm`.
 #[cfg(feature = "kvm")]
-const SELF_TEST_FD: i32 = 4;
+const DEVICE_FD: i32 = 4;
 
 fn main() -> ExitCode {
     let args = match Args::parse() {
@@ -45,6 +45,16 @@ fn main() -> ExitCode {
         }
         #[cfg(feature = "kvm")]
         Mode::SelfTest => self_test(&args.jail),
+        Mode::CpuModels => match cpu_models(&args.jail) {
+            Ok(text) => {
+                print!("{text}");
+                ExitCode::SUCCESS
+            }
+            Err(e) => {
+                log::error!("{e}");
+                ExitCode::FAILURE
+            }
+        },
         Mode::Run => match serve(&args.jail) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
@@ -60,7 +70,7 @@ fn main() -> ExitCode {
 #[cfg(feature = "kvm")]
 fn self_test(jail: &jail::Settings) -> ExitCode {
     use anemone_accel_kvm::Verdict;
-    let verdict = inherited_fd(SELF_TEST_FD)
+    let verdict = inherited_fd(DEVICE_FD)
         .map_err(Error::from)
         .and_then(|device| {
             jail::enter(jail)?;
@@ -77,6 +87,40 @@ fn self_test(jail: &jail::Settings) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The frozen CPU models: name, description, features, and what this host's accelerator lacks
+/// (`?` where there is none), separated by tabs; lists by commas.
+fn cpu_models(jail: &jail::Settings) -> Result<String, Error> {
+    #[cfg(feature = "kvm")]
+    let offered = {
+        let device = inherited_fd(DEVICE_FD);
+        jail::enter(jail)?;
+        device
+            .ok()
+            .map(anemone_accel_kvm::offered_cpuid)
+            .transpose()?
+    };
+    #[cfg(not(feature = "kvm"))]
+    let offered = {
+        jail::enter(jail)?;
+        None::<Vec<anemone_cpu::Leaf>>
+    };
+    let mut text = String::new();
+    for model in anemone_cpu::MODELS {
+        let features: Vec<_> = model.features().map(|f| f.name).collect();
+        let missing = match &offered {
+            Some(offered) => model.missing(offered).join(","),
+            None => "?".to_owned(),
+        };
+        text += &format!(
+            "{}\t{}\t{}\t{missing}\n",
+            model.name,
+            model.about,
+            features.join(",")
+        );
+    }
+    Ok(text)
 }
 
 /// Builds and runs the one machine this process is for.

@@ -18,6 +18,9 @@ use crate::jail;
 /// A vCPU thread runs register models only.
 const VCPU_STACK: usize = 256 << 10;
 
+/// Milliseconds without an event after which memory of the start is given back.
+const QUIET_MS: i32 = 500;
+
 const SHUTDOWN: u32 = 1 << 0;
 const RESET: u32 = 1 << 1;
 const PANIC: u32 = 1 << 2;
@@ -104,11 +107,15 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
             .map_err(Error::os("starting a vCPU thread"))?;
     }
     jail::restrict_run(mode)?;
-    // Loading a kernel takes memory that running it does not.
-    anemone_process::release_memory();
     let mut panicked = false;
+    // Loading a kernel takes memory that running it does not. Not at once: the vCPUs are just
+    // starting, and would only map again what is given back.
+    let mut quiet = Some(QUIET_MS);
     loop {
-        wait(&machine, &channel)?;
+        if !wait(&machine, &channel, quiet)? {
+            quiet = None;
+            anemone_process::release_memory();
+        }
         #[cfg(feature = "serial")]
         if let Some(serial) = &mut machine.serial {
             serial.run();
@@ -128,8 +135,9 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
     }
 }
 
-/// Waits for the supervisor, the guest or the serial line.
-fn wait(machine: &Machine, channel: &Channel) -> Result<(), Error> {
+/// Waits for the supervisor, the guest or the serial line, at most so many milliseconds; `false` if
+/// nothing has come.
+fn wait(machine: &Machine, channel: &Channel, limit: Option<i32>) -> Result<bool, Error> {
     let entry = |fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
@@ -147,13 +155,20 @@ fn wait(machine: &Machine, channel: &Channel) -> Result<(), Error> {
             .flat_map(crate::serial::Pump::poll_entries),
     );
     // SAFETY: the entries are initialised and counted; a negative descriptor is skipped.
-    if unsafe { libc::poll(poll.as_mut_ptr(), poll.len() as libc::nfds_t, -1) } < 0 {
+    let ready = unsafe {
+        libc::poll(
+            poll.as_mut_ptr(),
+            poll.len() as libc::nfds_t,
+            limit.unwrap_or(-1),
+        )
+    };
+    if ready < 0 {
         let e = io::Error::last_os_error();
         if e.kind() != io::ErrorKind::Interrupted {
             return Err(Error::os("poll")(e));
         }
     }
-    Ok(())
+    Ok(ready != 0)
 }
 
 /// Carries out the supervisor's orders; `false` once it has hung up.

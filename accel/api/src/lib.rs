@@ -38,6 +38,9 @@ pub enum Error {
     /// The host's accelerator lacks something the machine cannot do without.
     #[error("this host's accelerator lacks {0}")]
     Missing(&'static str),
+    /// The CPU model cannot be had here.
+    #[error("{0}")]
+    CpuModel(String),
     /// The operation has no meaning for this accelerator.
     #[error("the accelerator `{accel}` does not support {what}")]
     Unsupported {

@@ -15,8 +15,10 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use anemone_accel_api::{Error, IoAddress, MemorySlot, MsiMessage, Result, Route, Vcpu, Vm};
+use anemone_cpu::Leaf;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
     KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
@@ -60,14 +62,23 @@ const REQUIRED: &[(u32, &str)] = &[
 
 /// A virtual machine on KVM.
 pub struct KvmVm {
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
     vm: Arc<VmFd>,
-    /// CPUID as the host offers it to guests, before the topology of a vCPU is filled in.
-    cpuid: CpuId,
+    /// Name of the CPU model.
+    model: String,
+    /// CPUID as the host offers it to guests.
+    offered: Mutex<Offered>,
     /// Sizes of the memory slots, which the dirty log needs.
     slots: Mutex<BTreeMap<u32, u64>>,
     /// All routes: KVM takes only the whole table.
     routes: Mutex<BTreeMap<Route, MsiMessage>>,
+}
+
+/// What KVM offers guests. The question costs 0.3 ms where the host is itself a virtual machine
+/// (every CPUID traps), so a thread asks it while the machine is being built.
+enum Offered {
+    Asking(Option<JoinHandle<Result<Vec<Leaf>>>>),
+    Known(Vec<Leaf>),
 }
 
 /// A failure of the KVM call `what`.
@@ -91,11 +102,12 @@ fn borrowed_event(fd: BorrowedFd<'_>) -> ManuallyDrop<EventFd> {
 }
 
 impl KvmVm {
-    /// Makes an empty virtual machine. `device` is an open `/dev/kvm`.
+    /// Makes an empty virtual machine whose CPUs are of a model. `device` is an open `/dev/kvm`.
     ///
     /// # Errors
-    /// [`Error::Missing`] names the capability that this host's KVM lacks.
-    pub fn new(device: OwnedFd) -> Result<Self> {
+    /// [`Error::Missing`] names the capability that this host's KVM lacks. That it lacks features
+    /// of the model shows at the first vCPU, as [`Error::CpuModel`].
+    pub fn new(device: OwnedFd, model: &str) -> Result<Self> {
         // SAFETY: ownership of an open descriptor is handed over.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         if kvm.get_api_version() != API_VERSION {
@@ -106,6 +118,18 @@ impl KvmVm {
                 return Err(Error::Missing(name));
             }
         }
+        let kvm = Arc::new(kvm);
+        let asking = {
+            let kvm = kvm.clone();
+            thread::Builder::new()
+                .name("cpuid".to_owned())
+                .stack_size(64 << 10)
+                .spawn(move || offered(&kvm))
+                .map_err(|source| Error::Os {
+                    what: "starting a thread",
+                    source,
+                })?
+        };
         let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         vm.set_identity_map_address(IDENTITY_MAP)
             .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
@@ -118,16 +142,29 @@ impl KvmVm {
         };
         vm.enable_cap(&split)
             .map_err(failed("KVM_ENABLE_CAP(SPLIT_IRQCHIP)"))?;
-        let cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         Ok(Self {
             kvm,
             vm: Arc::new(vm),
-            cpuid,
+            model: model.to_owned(),
+            offered: Offered::Asking(Some(asking)).into(),
             slots: Mutex::default(),
             routes: Mutex::default(),
         })
+    }
+
+    /// What CPU `index` of `count` answers to CPUID.
+    fn cpuid(&self, index: u32, count: u32) -> Result<CpuId> {
+        let mut offered = lock(&self.offered);
+        if let Offered::Asking(thread) = &mut *offered {
+            let answer = thread.take().and_then(|thread| thread.join().ok());
+            let gone =
+                || Error::Guest("the thread that asks KVM for its CPUID has ended".to_owned());
+            *offered = Offered::Known(answer.ok_or_else(gone)??);
+        }
+        match &*offered {
+            Offered::Known(leaves) => cpuid::for_vcpu(&self.model, leaves, index, count),
+            Offered::Asking(_) => Err(Error::Missing("an answer about CPUID")),
+        }
     }
 
     /// Hands the whole routing table to KVM.
@@ -156,6 +193,24 @@ impl KvmVm {
             .set_gsi_routing(&table)
             .map_err(failed("KVM_SET_GSI_ROUTING"))
     }
+}
+
+/// What KVM offers guests on this host.
+fn offered(kvm: &Kvm) -> Result<Vec<Leaf>> {
+    let offered = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+    Ok(cpuid::from_kvm(&offered))
+}
+
+/// What KVM offers guests on this host, for questions about CPU models. `device` is an open
+/// `/dev/kvm`.
+///
+/// # Errors
+/// KVM does not answer.
+pub fn offered_cpuid(device: OwnedFd) -> Result<Vec<Leaf>> {
+    // SAFETY: ownership of an open descriptor is handed over.
+    offered(&unsafe { Kvm::from_raw_fd(device.into_raw_fd()) })
 }
 
 fn io_event_address(address: IoAddress) -> IoEventAddress {
@@ -217,7 +272,7 @@ impl Vm for KvmVm {
             .vm
             .create_vcpu(u64::from(index))
             .map_err(failed("KVM_CREATE_VCPU"))?;
-        let vcpu = vcpu::KvmVcpu::new(fd, &self.kvm, cpuid::for_vcpu(&self.cpuid, index, count)?)?;
+        let vcpu = vcpu::KvmVcpu::new(fd, &self.kvm, self.cpuid(index, count)?)?;
         Ok(Box::new(vcpu))
     }
 

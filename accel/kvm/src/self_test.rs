@@ -101,7 +101,7 @@ pub fn self_test(device: OwnedFd) -> Result<Verdict> {
     guest[XSAVE_AREA as usize + 24..XSAVE_AREA as usize + 28]
         .copy_from_slice(&0x1F80u32.to_le_bytes());
 
-    let vm = KvmVm::new(device)?;
+    let vm = KvmVm::new(device, anemone_cpu::HOST)?;
     let slot = MemorySlot {
         slot: 0,
         guest: 0,

@@ -82,7 +82,7 @@ impl Guest {
         let mut memory = vec![0u8; MEMORY + 0x1000];
         let start = memory.as_ptr().align_offset(0x1000);
         memory[start + LOAD_ADDRESS..][..code.len()].copy_from_slice(code);
-        let vm = KvmVm::new(device).unwrap();
+        let vm = KvmVm::new(device, anemone_cpu::HOST).unwrap();
         let slot = MemorySlot {
             slot: 0,
             guest: 0,
@@ -278,4 +278,25 @@ fn self_test_gives_a_verdict() {
         Verdict::Usable => {}
         Verdict::Unusable(reason) => assert!(!reason.is_empty()),
     }
+}
+
+#[test]
+fn models_are_what_the_host_can_do() {
+    let Some(first) = device() else { return };
+    let offered = crate::offered_cpuid(first).unwrap();
+    for model in anemone_cpu::MODELS {
+        let Some(device) = device() else { return };
+        let missing = model.missing(&offered);
+        match KvmVm::new(device, model.name).unwrap().create_vcpu(0, 2) {
+            Ok(_) => assert!(missing.is_empty(), "{missing:?}"),
+            Err(e) => {
+                let text = e.to_string();
+                assert!(missing.iter().all(|name| text.contains(name)), "{text}");
+                assert!(!missing.is_empty(), "{text}");
+            }
+        }
+    }
+    let Some(device) = device() else { return };
+    let vm = KvmVm::new(device, "no-such-model").unwrap();
+    assert!(vm.create_vcpu(0, 1).is_err());
 }

@@ -183,11 +183,17 @@ words! {
     }
 }
 words! {
-    /// What the guest sees as its CPU.
+    /// What the guest sees as its CPU: `anemone cpu-models` describes them.
     CpuModel {
         /// The host's CPU as far as the accelerator passes it on.
         #[default]
         Host = "host",
+        /// The x86-64 baseline.
+        V1 = "x86-64-v1-1",
+        /// Level 2 of the psABI.
+        V2 = "x86-64-v2-1",
+        /// Level 3 of the psABI.
+        V3 = "x86-64-v3-1",
     }
 }
 words! {

@@ -21,6 +21,8 @@ pub struct VmConfig {
     pub accel: Accel,
     /// Number of virtual CPUs, 1 to 64.
     pub cpus: u32,
+    /// Name of the CPU model.
+    pub cpu_model: String,
     /// Guest memory in bytes, a multiple of 2 MiB.
     pub memory: u64,
     /// A memfd of exactly `memory` bytes, sealed against resizing.

@@ -45,6 +45,8 @@ const DEVICE_END_LIMIT: Duration = Duration::from_secs(10);
 const RESET_DELAY: Duration = Duration::from_secs(1);
 /// Messages taken from one process before others have their turn.
 const BURST: usize = 64;
+/// Time without an event after which memory of the start is given back.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// Runs the VM until it ends.
 pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(), Error> {
@@ -96,8 +98,8 @@ struct Session<'a> {
     phase: Phase,
     dump_to: Option<(&'a Path, std::os::fd::OwnedFd)>,
     raw_mode: Option<RawMode>,
-    /// Whether this process is in its own jail already.
-    jailed: bool,
+    /// Whether this process still has what only its start needed.
+    untrimmed: bool,
     /// A guest that resets over and over must not make this host start processes as fast as it can.
     resets: anemone_log::Limiter,
 }
@@ -180,10 +182,15 @@ impl<'a> Session<'a> {
             phase: Phase::starting(),
             dump_to,
             raw_mode: None,
-            jailed: false,
+            untrimmed: true,
             resets: anemone_log::Limiter::new(),
         };
         session.configure()?;
+        // All is open, and the children are busy: this costs the start no time. The tables are
+        // written first, by a process that may still do so.
+        if session.dump_to.is_none() {
+            jail::enter(host.vm.config.sandbox)?;
+        }
         Ok(session)
     }
 
@@ -232,6 +239,7 @@ impl<'a> Session<'a> {
     fn turn(&mut self) -> Result<Turn, Error> {
         let now = Instant::now();
         let left = match &self.phase {
+            Phase::Running if self.untrimmed => Some(QUIET),
             Phase::Running => None,
             Phase::Starting { deadline, .. } | Phase::Stopping { deadline } => {
                 let left = deadline.saturating_duration_since(now);
@@ -241,7 +249,12 @@ impl<'a> Session<'a> {
                 Some(left)
             }
         };
-        for source in self.wait(left)? {
+        let ready = self.wait(left)?;
+        if ready.is_empty() && self.phase == Phase::Running && self.untrimmed {
+            self.untrimmed = false;
+            anemone_process::release_memory();
+        }
+        for source in ready {
             let turn = match source {
                 Source::Vmm => self.hear_vmm()?,
                 Source::Backend(index) => self.hear_backend(index)?,
@@ -455,6 +468,7 @@ impl<'a> Session<'a> {
         }
         if let Some((folder, file)) = self.dump_to.take() {
             acpi_dump::write(file, folder)?;
+            jail::enter(self.host.vm.config.sandbox)?;
         }
         self.vmm.channel.send(&ToVmm::Start, &[])?;
         self.phase = Phase::Running;
@@ -469,12 +483,6 @@ impl<'a> Session<'a> {
             }
         }
         self.send_window_size();
-        // The guest runs; from here on there is mostly waiting, and nothing more to open.
-        if !self.jailed {
-            self.jailed = true;
-            jail::enter(self.host.vm.config.sandbox)?;
-        }
-        anemone_process::release_memory();
         Ok(())
     }
 

@@ -120,6 +120,7 @@ for step in $(option steps | tr , ' '); do
     case $step in
         uname) say "kernel $(uname -r)" ;;
         cpus) say "cpus $(nproc)" ;;
+        cpuinfo) say "cpu $(sed -n 's/^model name[^:]*: //p; s/^flags[^:]*:/ has/p' /proc/cpuinfo | tr -d '\n')" ;;
         memory) say "memory $(awk '/MemTotal/ { print $2 }' /proc/meminfo) KiB" ;;
         panic) say "panic now"; sleep 1; echo c > /proc/sysrq-trigger ;;
         hold) say "holding"; while :; do sleep 1000; done ;;

@@ -38,6 +38,11 @@ pub const ALL: &[Scenario] = &[
         run: cpus_4,
     },
     Scenario {
+        name: "cpu-model",
+        about: "a frozen CPU model: the guest sees its features and no other",
+        run: cpu_model,
+    },
+    Scenario {
         name: "demo",
         about: "ext4 root disk on a block device, entropy, no legacy device",
         run: demo,
@@ -125,6 +130,40 @@ fn cpus_1() -> Result<()> {
 
 fn cpus_4() -> Result<()> {
     boots_with_cpus(0, "4")
+}
+
+fn cpu_model() -> Result<()> {
+    let mut vm = Vm::start("cpuinfo,poweroff", &["--cpus", "2,model=x86-64-v2-1"])?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: cpu Anemone x86-64-v2-1 has", "guest: done"])?;
+    let said = vm.said();
+    let flags = said
+        .lines()
+        .find(|line| line.contains("x86-64-v2-1 has"))
+        .unwrap_or_default();
+    let has = |name: &str| flags.split_whitespace().any(|flag| flag == name);
+    let wanted = [
+        "sse4_2",
+        "popcnt",
+        "cx16",
+        "lahf_lm",
+        "rdtscp",
+        "x2apic",
+        "hypervisor",
+    ];
+    // The emulated processor of the outer guest has these.
+    let unwanted = ["avx", "avx2", "bmi1", "fma", "smep", "svm"];
+    let wrong: Vec<_> = wanted
+        .iter()
+        .filter(|name| !has(name))
+        .chain(unwanted.iter().filter(|name| has(name)))
+        .collect();
+    match wrong.is_empty() {
+        true => Ok(()),
+        false => Err(format!(
+            "the guest's features are not the model's: {wrong:?}"
+        )),
+    }
 }
 
 /// The host looks at the disk afterwards; here it is the outer guest's own disk.

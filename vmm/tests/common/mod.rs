@@ -111,6 +111,7 @@ impl Vmm {
                 socket: Some(FdIndex(0)),
             },
             cpus: 1,
+            cpu_model: "host".to_owned(),
             memory: MEMORY,
             memory_fd: FdIndex(1),
             kernel: FdIndex(2),
