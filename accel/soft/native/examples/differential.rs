@@ -1,4 +1,5 @@
-//! Long runs of the differential test: `--cases N` in all, `--seed S`, on two threads.
+//! Long runs of the differential test: `--cases N` in all, `--seed S`, on two threads;
+//! `--list` names every form claimed.
 
 #[path = "../tests/harness/mod.rs"]
 mod harness;
@@ -9,12 +10,20 @@ fn main() -> ExitCode {
     let (mut cases, mut seed) = (1_000_000, 1);
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
+        if name == "--list" {
+            let (thunks, integers) = harness::claims(&mut harness::Summary::default());
+            thunks.iter().for_each(|code| println!("thunk {code:?}"));
+            integers
+                .iter()
+                .for_each(|code| println!("primitive {code:?}"));
+            return ExitCode::SUCCESS;
+        }
         let value = arguments.next().and_then(|text| text.parse::<u64>().ok());
         match (name.as_str(), value) {
             ("--cases", Some(value)) => cases = value,
             ("--seed", Some(value)) => seed = value,
             _ => {
-                eprintln!("usage: differential [--cases N] [--seed S]");
+                eprintln!("usage: differential [--cases N] [--seed S] | --list");
                 return ExitCode::from(2);
             }
         }

@@ -17,7 +17,7 @@ use crate::state::{
     XSTATE_BV, XsaveArea, YMM_HIGH,
 };
 use crate::thunk::Plan;
-use crate::{Flags, Unsupported};
+use crate::{Flags, MXCSR_RESET, Unsupported};
 
 /// Why a [`NativeCpu`] cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +87,9 @@ impl Location {
 pub struct Thunk {
     entry: *const u8,
     generation: u64,
-    special: bool,
+    /// May meet an x87 exception; may meet a SIMD one.
+    x87: bool,
+    simd: bool,
     guest: u16,
     fault: u16,
     form: Form,
@@ -199,7 +201,8 @@ impl NativeCpu {
         let thunk = Thunk {
             entry: self.code.address(offset),
             generation: self.generation,
-            special: form.simd_float || form.x87 != X87::No,
+            x87: form.uses_x87(),
+            simd: form.simd_float,
             guest: code.guest as u16,
             fault: code.fault as u16,
             form,
@@ -247,7 +250,8 @@ impl NativeCpu {
         if thunk.generation != self.generation {
             return Err(Fault::Stale);
         }
-        if thunk.special {
+        // With all exceptions masked, as nearly always, SIMD instructions cannot fault.
+        if thunk.x87 || (thunk.simd && self.mxcsr() & MXCSR_RESET != MXCSR_RESET) {
             // SAFETY: as promised by the caller.
             return unsafe { self.run_special(thunk, memory, at) };
         }
@@ -299,6 +303,18 @@ impl NativeCpu {
         memory: *mut u8,
         at: Location,
     ) -> Result<Completed, Fault> {
+        let mut image = [0; SCRATCH_SIZE];
+        let size = thunk
+            .form
+            .memory
+            .map_or(0, |operand| usize::from(operand.size));
+        // FNSTENV and FNSAVE store the address of the thunk, which other guest CPUs must not see even
+        // for a moment: they work on a copy.
+        let operand = if thunk.form.x87 == X87::Store {
+            image.as_mut_ptr()
+        } else {
+            memory
+        };
         if thunk.form.uses_x87() {
             self.load_x87();
         }
@@ -309,7 +325,7 @@ impl NativeCpu {
             exit: entry + usize::from(thunk.fault),
         });
         // SAFETY: as promised by the caller.
-        let faulted = unsafe { self.call(thunk, memory) } != 0;
+        let faulted = unsafe { self.call(thunk, operand) } != 0;
         WINDOW.set(Window {
             start: 0,
             end: 0,
@@ -334,59 +350,50 @@ impl NativeCpu {
                 }
             }
             X87::Init => (self.fip, self.fdp, self.fop) = (0, 0, 0),
-            X87::Store | X87::Load => {
-                let size = thunk
-                    .form
-                    .memory
-                    .map_or(0, |operand| usize::from(operand.size));
-                // SAFETY: the caller vouches for the operand, of which this is at most the size.
-                let image = unsafe { std::slice::from_raw_parts_mut(memory, size) };
-                self.pointers(image, thunk.form.x87 == X87::Store);
+            X87::Store => {
+                self.store_pointers(&mut image[..size]);
+                // SAFETY: the caller vouches for the operand, of which this is the size.
+                unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), memory, size) };
                 // FNSAVE initialises the x87 afterwards.
-                if thunk.form.x87 == X87::Store && size > 28 {
+                if size > 28 {
                     (self.fip, self.fdp, self.fop) = (0, 0, 0);
                 }
+            }
+            X87::Load => {
+                // SAFETY: the caller vouches for the operand, of which this is the size.
+                unsafe { std::ptr::copy_nonoverlapping(memory, image.as_mut_ptr(), size) };
+                self.load_pointers(&image[..size]);
             }
         }
         Ok(Completed { stored: true })
     }
 
-    /// Moves FIP, FDP and FOP to or from an environment image of 14 or 28 bytes (SDM volume 1,
-    /// figures 8-9 and 8-11), possibly followed by registers. What the host put there are addresses of
-    /// thunks, which no guest may see.
-    fn pointers(&mut self, image: &mut [u8], store: bool) {
-        // The forms with a 16-bit operand size have 14 and 94 bytes, the others 28 and 108.
-        if image.len() == 14 || image.len() == 94 {
-            let fields = [(6, self.fip as u16), (8, 0), (10, self.fdp as u16), (12, 0)];
-            if store {
-                for (offset, value) in fields {
-                    image[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
-                }
-            } else {
-                self.fip = u64::from(u16::from_le_bytes([image[6], image[7]]));
-                self.fdp = u64::from(u16::from_le_bytes([image[10], image[11]]));
-                self.fop = 0;
+    /// Puts FIP, FDP and FOP into an environment image (SDM volume 1, figures 8-9 and 8-11), possibly
+    /// followed by registers. The forms with a 16-bit operand size have 14 and 94 bytes, the others
+    /// 28 and 108.
+    fn store_pointers(&self, image: &mut [u8]) {
+        if matches!(image.len(), 14 | 94) {
+            for (offset, value) in [(6, self.fip), (8, 0), (10, self.fdp), (12, 0)] {
+                image[offset..offset + 2].copy_from_slice(&(value as u16).to_le_bytes());
             }
-        } else if image.len() >= 28 {
-            let fields = [
-                (12, self.fip as u32),
-                (16, u32::from(self.fop) << 16),
-                (20, self.fdp as u32),
-            ];
-            if store {
-                for (offset, value) in fields {
-                    image[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
-                }
-                image[24..26].fill(0);
-            } else {
-                self.fip = u64::from(u32::from_le_bytes([
-                    image[12], image[13], image[14], image[15],
-                ]));
-                self.fop = u16::from_le_bytes([image[18], image[19]]) & 0x7ff;
-                self.fdp = u64::from(u32::from_le_bytes([
-                    image[20], image[21], image[22], image[23],
-                ]));
+        } else {
+            let opcode = u64::from(self.fop) << 16;
+            for (offset, value) in [(12, self.fip), (16, opcode), (20, self.fdp)] {
+                image[offset..offset + 4].copy_from_slice(&(value as u32).to_le_bytes());
             }
+            image[24..26].fill(0);
+        }
+    }
+
+    /// Takes them from such an image.
+    fn load_pointers(&mut self, image: &[u8]) {
+        let word = |at: usize| u64::from(u16::from_le_bytes([image[at], image[at + 1]]));
+        if matches!(image.len(), 14 | 94) {
+            (self.fip, self.fdp, self.fop) = (word(6), word(10), 0);
+        } else {
+            self.fip = word(12) | word(14) << 16;
+            self.fdp = word(20) | word(22) << 16;
+            self.fop = word(18) as u16 & 0x7ff;
         }
     }
 

@@ -31,7 +31,7 @@
 //! # What a jail must allow
 //! `memfd_create`, `ftruncate`, `mmap` with MAP_SHARED and either PROT_READ|PROT_WRITE or
 //! PROT_READ|PROT_EXEC, `munmap` and `rt_sigaction` for SIGFPE while CPUs are created; then only
-//! `rt_sigreturn`. No mapping is writable and executable, and no protection is ever changed.
+//! `rt_sigreturn`. A thread that runs a CPU must not block SIGFPE. No mapping is writable and executable, and no protection is ever changed.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("this crate runs x86-64 guest code on an x86-64 Linux host");
