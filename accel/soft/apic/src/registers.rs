@@ -242,7 +242,10 @@ impl Apic {
             reg::DFR => self.dfr,
             reg::SVR => self.svr,
             reg::ISR..=reg::ISR_END => self.isr.word(register - reg::ISR),
-            reg::TMR..=reg::TMR_END => self.tmr.word(register - reg::TMR),
+            reg::TMR..=reg::TMR_END => {
+                self.merge();
+                self.tmr.word(register - reg::TMR)
+            }
             reg::IRR..=reg::IRR_END => {
                 self.merge();
                 self.advance(now);
