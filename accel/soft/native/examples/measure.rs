@@ -41,12 +41,9 @@ fn main() -> Result<(), CreateError> {
         black_box(flags);
     });
     let mut flags = Flags::NONE;
-    report(
-        "adc with flags by add, sahf; seto, lahf (Word::adc)",
-        || {
-            (a, flags) = black_box(a).adc(3, black_box(flags));
-        },
-    );
+    report("adc with flags by bt; seto, lahf (Word::adc)", || {
+        (a, flags) = black_box(a).adc(3, black_box(flags));
+    });
     let mut image = 0x202u64;
     report("adc with flags by push, popfq; pushfq, pop", || {
         // SAFETY: the image has arithmetic flags only; pushes are balanced.

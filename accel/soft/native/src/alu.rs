@@ -2,7 +2,7 @@
 //!
 //! Each function is the instruction of its name on values: the interpreter fetches operands and
 //! stores results through its own memory path. Where the manual leaves a flag undefined, the host's
-//! value is returned. Instructions that keep some flags take the flags before and return all six.
+//! value or the one before is returned. Instructions that keep some flags take the flags before and return all six.
 
 use std::arch::asm;
 
@@ -214,23 +214,23 @@ macro_rules! step {
     };
 }
 
-/// An instruction with two operands that reads or keeps flags.
-macro_rules! binary_with_flags {
+/// ADC and SBB: of the flags only CF is read, and BT brings it in faster than SAHF.
+macro_rules! binary_with_carry {
     ($name:ident, $mnemonic:literal, $t:ty, $class:ident, $m:literal) => {
         #[inline(always)]
         fn $name(mut self, other: Self, flags: Flags) -> (Self, Flags) {
-            let mut ax = flags.to_ax();
+            let ax: u16;
             // SAFETY: arithmetic on registers only.
             unsafe {
                 asm!(
-                    "add al, 127",
-                    "sahf",
+                    "bt {flags:e}, 8",
                     concat!($mnemonic, " {0", $m, "}, {1", $m, "}"),
                     "seto al",
                     "lahf",
                     inout($class) self,
                     in($class) other,
-                    inout("ax") ax,
+                    flags = in(reg) u32::from(flags.to_ax()),
+                    out("ax") ax,
                     options(pure, nomem, nostack),
                 );
             }
@@ -239,27 +239,83 @@ macro_rules! binary_with_flags {
     };
 }
 
-/// A shift or rotation by CL.
+/// BTS, BTR and BTC: CF is the only flag defined; the others are kept.
+macro_rules! bit {
+    ($name:ident, $mnemonic:literal, $t:ty, $class:ident, $m:literal) => {
+        #[inline(always)]
+        fn $name(mut self, other: Self, flags: Flags) -> (Self, Flags) {
+            let carry: u8;
+            // SAFETY: arithmetic on registers only.
+            unsafe {
+                asm!(
+                    concat!($mnemonic, " {0", $m, "}, {1", $m, "}"),
+                    "setc {carry}",
+                    inout($class) self,
+                    in($class) other,
+                    carry = out(reg_byte) carry,
+                    options(pure, nomem, nostack),
+                );
+            }
+            (self, flags.with(Flags::CF, carry != 0))
+        }
+    };
+}
+
+/// The bits of a shift count that the CPU looks at.
+const fn count_mask(bits: u32) -> u8 {
+    if bits == 64 { 63 } else { 31 }
+}
+
+/// SHL, SHR and SAR by CL: a count other than 0 writes all flags.
 macro_rules! shift {
     ($name:ident, $mnemonic:literal, $t:ty, $class:ident, $m:literal) => {
         #[inline(always)]
         fn $name(mut self, count: u8, flags: Flags) -> (Self, Flags) {
-            let mut ax = flags.to_ax();
+            if count & count_mask(Self::BITS) == 0 {
+                return (self, flags);
+            }
+            let ax: u16;
             // SAFETY: arithmetic on registers only.
             unsafe {
                 asm!(
-                    "add al, 127",
-                    "sahf",
                     concat!($mnemonic, " {0", $m, "}, cl"),
                     "seto al",
                     "lahf",
                     inout($class) self,
                     in("cl") count,
-                    inout("ax") ax,
+                    out("ax") ax,
                     options(pure, nomem, nostack),
                 );
             }
             (self, Flags::from_ax(ax))
+        }
+    };
+}
+
+/// Rotations by CL: a count other than 0 writes CF and OF; RCL and RCR read CF.
+macro_rules! rotate {
+    ($name:ident, $mnemonic:literal, $t:ty, $class:ident, $m:literal) => {
+        #[inline(always)]
+        fn $name(mut self, count: u8, flags: Flags) -> (Self, Flags) {
+            if count & count_mask(Self::BITS) == 0 {
+                return (self, flags);
+            }
+            let ax: u16;
+            // SAFETY: arithmetic on registers only.
+            unsafe {
+                asm!(
+                    "bt {flags:e}, 8",
+                    concat!($mnemonic, " {0", $m, "}, cl"),
+                    "seto al",
+                    "lahf",
+                    inout($class) self,
+                    in("cl") count,
+                    flags = in(reg) u32::from(flags.to_ax()),
+                    out("ax") ax,
+                    options(pure, nomem, nostack),
+                );
+            }
+            (self, flags.replace(Flags::CF.union(Flags::OF), Flags::from_ax(ax)))
         }
     };
 }
@@ -269,19 +325,20 @@ macro_rules! double_shift {
     ($name:ident, $mnemonic:literal, $t:ty, $class:ident, $m:literal) => {
         #[inline(always)]
         fn $name(mut self, other: Self, count: u8, flags: Flags) -> (Self, Flags) {
-            let mut ax = flags.to_ax();
+            if count & count_mask(Self::BITS) == 0 {
+                return (self, flags);
+            }
+            let ax: u16;
             // SAFETY: arithmetic on registers only.
             unsafe {
                 asm!(
-                    "add al, 127",
-                    "sahf",
                     concat!($mnemonic, " {0", $m, "}, {1", $m, "}, cl"),
                     "seto al",
                     "lahf",
                     inout($class) self,
                     in($class) other,
                     in("cl") count,
-                    inout("ax") ax,
+                    out("ax") ax,
                     options(pure, nomem, nostack),
                 );
             }
@@ -290,27 +347,21 @@ macro_rules! double_shift {
     };
 }
 
-/// BSF and BSR: the destination is an operand of its own.
+/// BSF and BSR: the destination is an operand of its own; ZF is the only flag defined.
 macro_rules! scan {
     ($name:ident, $mnemonic:literal, $t:ty, $class:ident, $m:literal) => {
         #[inline(always)]
         fn $name(self, mut old: Self, flags: Flags) -> (Self, Flags) {
-            let mut ax = flags.to_ax();
             // SAFETY: arithmetic on registers only.
             unsafe {
                 asm!(
-                    "add al, 127",
-                    "sahf",
                     concat!($mnemonic, " {0", $m, "}, {1", $m, "}"),
-                    "seto al",
-                    "lahf",
                     inout($class) old,
                     in($class) self,
-                    inout("ax") ax,
                     options(pure, nomem, nostack),
                 );
             }
-            (old, Flags::from_ax(ax))
+            (old, flags.with(Flags::ZF, self == 0))
         }
     };
 }
@@ -370,15 +421,15 @@ macro_rules! word {
         unary!(neg, "neg", $t, $class, $m);
         step!(inc, "inc", $t, $class, $m);
         step!(dec, "dec", $t, $class, $m);
-        binary_with_flags!(adc, "adc", $t, $class, $m);
-        binary_with_flags!(sbb, "sbb", $t, $class, $m);
+        binary_with_carry!(adc, "adc", $t, $class, $m);
+        binary_with_carry!(sbb, "sbb", $t, $class, $m);
         shift!(shl, "shl", $t, $class, $m);
         shift!(shr, "shr", $t, $class, $m);
         shift!(sar, "sar", $t, $class, $m);
-        shift!(rol, "rol", $t, $class, $m);
-        shift!(ror, "ror", $t, $class, $m);
-        shift!(rcl, "rcl", $t, $class, $m);
-        shift!(rcr, "rcr", $t, $class, $m);
+        rotate!(rol, "rol", $t, $class, $m);
+        rotate!(ror, "ror", $t, $class, $m);
+        rotate!(rcl, "rcl", $t, $class, $m);
+        rotate!(rcr, "rcr", $t, $class, $m);
     };
 }
 
@@ -466,9 +517,9 @@ macro_rules! wide_word {
             binary!(imul, "imul", $t, reg, $m);
             double_shift!(shld, "shld", $t, reg, $m);
             double_shift!(shrd, "shrd", $t, reg, $m);
-            binary_with_flags!(bts, "bts", $t, reg, $m);
-            binary_with_flags!(btr, "btr", $t, reg, $m);
-            binary_with_flags!(btc, "btc", $t, reg, $m);
+            bit!(bts, "bts", $t, reg, $m);
+            bit!(btr, "btr", $t, reg, $m);
+            bit!(btc, "btc", $t, reg, $m);
             scan!(bsf, "bsf", $t, reg, $m);
             scan!(bsr, "bsr", $t, reg, $m);
 

@@ -2,7 +2,7 @@
 //!
 //! `seto al; lahf` puts all of them into AX without touching memory or the stack, and
 //! `add al, 127; sahf` puts them back, so AX is the representation: OF in bit 0, and SF, ZF, AF, PF
-//! and CF in bits 15, 14, 12, 10 and 8. `pushfq` and `popfq` do the same at several times the cost;
+//! and CF in bits 15, 14, 12, 10 and 8. Where CF alone is needed, `bt` is cheaper still. `pushfq` and `popfq` do the same at several times the cost;
 //! `examples/measure.rs` shows both.
 
 /// CF, PF, AF, ZF, SF and OF (Intel SDM volume 1, section 3.4.3.1).
