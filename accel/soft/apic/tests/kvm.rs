@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anemone_accel_api::{LapicState, MsiMessage};
 
+use anemone_soft_apic::pv::{MSR_SYSTEM_TIME, Scale};
 use anemone_soft_apic::{Apic, Apics, BASE_ENABLE, BASE_EXTENDED, BSP, DEFAULT_BASE, Mode, Now};
 use common::{machine, read, write};
 use kvm_bindings::{
@@ -502,4 +503,23 @@ fn guest_programs_see_the_same_registers_as_under_kvm() {
         assert_eq!(reads, theirs.0, "ours, KVM's; seed {seed}, {steps:x?}");
         assert_same(seed, &steps, &reference, &mut each);
     }
+}
+
+#[test]
+fn clock_scale_is_that_of_kvm() {
+    let Some(mut reference) = reference() else {
+        return;
+    };
+    const CLOCK: usize = 0x9000;
+    reference.set_msr(0, MSR_SYSTEM_TIME, CLOCK as u64 | 1);
+    reference.run(&[0xE6, END_PORT as u8, 0xEB, 0xFE]);
+    let clock = &reference.memory[reference.start + CLOCK..][..32];
+    let mul = u32::from_le_bytes([clock[24], clock[25], clock[26], clock[27]]);
+    let khz = reference.cpus[0].get_tsc_khz().expect("KVM_GET_TSC_KHZ");
+    let scale = Scale::from_khz(khz).expect("not zero");
+    assert_eq!(
+        (scale.mul, scale.shift),
+        (mul, clock[28] as i8),
+        "{khz} kHz"
+    );
 }
