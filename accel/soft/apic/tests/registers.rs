@@ -385,3 +385,38 @@ fn paravirtual_end_of_interrupt_only_where_nothing_else_follows() {
     apic.end_of_interrupt();
     assert_eq!(*record.ended.lock().unwrap(), [0x41]);
 }
+
+#[test]
+fn clusters_of_x2apic_mode_are_kept_apart() {
+    let (apics, mut each) = enabled(255);
+    each.iter_mut().for_each(enter_x2apic);
+    let taken = |each: &mut Vec<Apic>| -> Vec<usize> {
+        let take = |apic: &mut Apic| {
+            let _ = apic.poll(Now::default());
+            let vector = apic.acknowledge();
+            apic.end_of_interrupt();
+            vector.is_some()
+        };
+        let all = each.iter_mut().enumerate();
+        all.filter_map(|(cpu, apic)| take(apic).then_some(cpu))
+            .collect()
+    };
+    // An 8-bit logical destination reaches the first cluster only.
+    let logical = MsiMessage {
+        address: 0xFEE0_5004,
+        data: 0x40,
+    };
+    assert_eq!(apics.signal_msi(logical), 2);
+    assert_eq!(taken(&mut each), [0, 2]);
+    let send = |each: &mut Vec<Apic>, icr| each[254].write_msr(0x830, icr, Now::default());
+    send(&mut each, 0x000F_C001_0000_0840).unwrap();
+    assert_eq!(taken(&mut each), [240, 254], "CPU 255 does not exist");
+    send(&mut each, 0x0000_00FE_0000_0040).unwrap();
+    assert_eq!(taken(&mut each), [254]);
+    send(&mut each, 0x0000_00FF_0000_0040).unwrap();
+    assert_eq!(taken(&mut each), [0; 0], "no broadcast from 32 bits");
+    send(&mut each, 0xFFFF_FFFF_0000_0040).unwrap();
+    assert_eq!(taken(&mut each).len(), 255);
+    send(&mut each, 0xFFFF_FFFF_000C_0040).unwrap();
+    assert_eq!(taken(&mut each).len(), 254);
+}
