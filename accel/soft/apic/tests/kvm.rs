@@ -154,7 +154,7 @@ impl Reference {
     }
 
     /// Runs CPU 0 on a real-mode program whose data segment is the APIC's register page.
-    /// Interrupts stay off: an emulating KVM does not take them where they belong.
+    /// Interrupts stay off: a KVM that emulates was seen to deliver them against priority.
     fn run(&mut self, code: &[u8]) {
         let memory = &mut self.memory[self.start..];
         memory[PROGRAM..][..code.len()].copy_from_slice(code);
