@@ -269,6 +269,11 @@ fn event_on_a_route_reaches_the_local_apic() {
     guest.vm.remove_irqfd(line.as_fd(), 30).unwrap();
     guest.vm.set_msi_route(30, None).unwrap();
     guest.vm.signal_msi(message).unwrap();
+    let nobody = MsiMessage {
+        address: 0xFEE0_7000,
+        ..message
+    };
+    guest.vm.signal_msi(nobody).unwrap();
 }
 
 #[test]
