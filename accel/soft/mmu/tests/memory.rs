@@ -434,7 +434,7 @@ fn another_cpus_write_to_code_is_never_missed() {
             mmu.store(0x5000, n, S).unwrap();
             last.store(n, Ordering::SeqCst);
         });
-        for _ in 0..2000 {
+        for _ in 0..100 {
             machine.watch.0.lock().unwrap().clear();
             assert!(machine.mmu.protect_code(0x5000));
             let decoded = machine.mmu.load::<u64>(0x5000, S).unwrap();
