@@ -36,7 +36,7 @@ pub enum Unavailable {
     /// `auto` found nothing.
     #[error(
         "no accelerator of this build can run a stock kernel on this host:{reasons}\n\
-         `--accel kvm` uses KVM without the self-test"
+         `--accel NAME` uses one without the self-test"
     )]
     Nothing {
         /// One line per accelerator tried.
@@ -57,6 +57,8 @@ pub enum Unavailable {
 pub enum Opened {
     /// `/dev/kvm`.
     Kvm(OwnedFd),
+    /// The VMM's own CPU, which needs nothing.
+    Soft,
     /// The connection of the driver.
     None(UnixStream),
 }
@@ -76,10 +78,14 @@ pub struct Environment<'a> {
 pub fn open(vm: &Vm, environment: Environment<'_>, signals: &Signals) -> Result<Opened, Error> {
     let accel = &vm.config.accel;
     match accel.kind {
-        AccelType::Auto => choose(environment).map(Opened::Kvm),
+        AccelType::Auto => choose(environment),
         AccelType::Kvm => {
             registry::accelerator("kvm")?;
             Ok(open_kvm().map(Opened::Kvm).map_err(Unavailable::Kvm)?)
+        }
+        AccelType::Soft => {
+            registry::accelerator("soft")?;
+            Ok(Opened::Soft)
         }
         AccelType::None => {
             registry::accelerator("none")?;
@@ -89,29 +95,47 @@ pub fn open(vm: &Vm, environment: Environment<'_>, signals: &Signals) -> Result<
     }
 }
 
-/// The first accelerator of the build that can run a stock kernel. Only KVM can so far.
-fn choose(environment: Environment<'_>) -> Result<OwnedFd, Error> {
-    let mut reasons = String::new();
+/// The first accelerator of the build that can run a stock kernel. If it is not the best of them, one
+/// line says which it is and why.
+fn choose(environment: Environment<'_>) -> Result<Opened, Error> {
+    let mut reasons = Vec::new();
     for entry in registry::ACCELERATORS.iter().filter(|entry| entry.default) {
-        let device = match open_kvm() {
-            Ok(device) => device,
-            Err(reason) => {
-                reasons.push_str(&format!("\n  {}: {reason}", entry.name));
-                continue;
+        match try_out(entry.name, environment)? {
+            Ok(opened) => {
+                if !reasons.is_empty() {
+                    let why = reasons.join("; ");
+                    log::warn!("the accelerator is `{}`, because {why}", entry.name);
+                }
+                return Ok(opened);
             }
-        };
-        match self_test(&device, environment)? {
-            None => return Ok(device),
-            Some(reason) => reasons.push_str(&format!("\n  {}: {reason}", entry.name)),
+            Err(reason) => reasons.push(format!("{}: {reason}", entry.name)),
         }
     }
     if reasons.is_empty() {
-        reasons = format!(
-            "\n  it has only: {}",
-            registry::names(registry::ACCELERATORS)
-        );
+        let names = registry::names(registry::ACCELERATORS);
+        reasons.push(format!("it has only: {names}"));
     }
-    Err(Unavailable::Nothing { reasons }.into())
+    let reasons = reasons.iter().map(|reason| format!("\n  {reason}"));
+    Err(Unavailable::Nothing {
+        reasons: reasons.collect(),
+    }
+    .into())
+}
+
+/// Opens an accelerator and lets it run a guest; the inner error says why it cannot.
+pub fn try_out(name: &str, environment: Environment<'_>) -> Result<Result<Opened, String>, Error> {
+    let opened = match name {
+        "kvm" => open_kvm().map(Opened::Kvm),
+        _ => Ok(Opened::Soft),
+    };
+    let opened = match opened {
+        Ok(opened) => opened,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    Ok(match self_test(name, &opened, environment)? {
+        None => Ok(opened),
+        Some(reason) => Err(reason),
+    })
 }
 
 /// Opens `/dev/kvm`, or says how to get it.
@@ -169,9 +193,18 @@ fn name_of(text: &str, id: u32) -> Option<String> {
     })
 }
 
-/// Lets a jailed VMM process find out whether KVM can run a stock kernel; `Some` says why not.
-pub fn self_test(device: &OwnedFd, environment: Environment<'_>) -> Result<Option<String>, Error> {
-    let (exit, text) = ask_vmm("--self-test", Some(device), environment)?;
+/// Lets a jailed VMM process find out whether an accelerator can run a stock kernel; `Some` says why
+/// not.
+fn self_test(
+    name: &str,
+    opened: &Opened,
+    environment: Environment<'_>,
+) -> Result<Option<String>, Error> {
+    let device = match opened {
+        Opened::Kvm(device) => Some(device),
+        Opened::Soft | Opened::None(_) => None,
+    };
+    let (exit, text) = ask_vmm(&["--self-test", name], device, environment)?;
     Ok(match exit {
         Some(Exit::Status(0)) => None,
         Some(exit) if text.is_empty() => Some(format!("the self-test {exit}")),
@@ -186,7 +219,7 @@ pub fn self_test(device: &OwnedFd, environment: Environment<'_>) -> Result<Optio
 /// The frozen CPU models as `anemone-vmm --cpu-models` prints them.
 pub fn cpu_models(environment: Environment<'_>) -> Result<String, Error> {
     let device = open_kvm().ok();
-    match ask_vmm("--cpu-models", device.as_ref(), environment)? {
+    match ask_vmm(&["--cpu-models"], device.as_ref(), environment)? {
         (Some(Exit::Status(0)), text) => Ok(text),
         (exit, _) => Err(Error::Failed(match exit {
             Some(exit) => format!("anemone-vmm --cpu-models {exit}"),
@@ -198,15 +231,17 @@ pub fn cpu_models(environment: Environment<'_>) -> Result<String, Error> {
 /// Runs a VMM process that answers a question on its standard output; how it ended (`None` if it
 /// did not in time) and what it said.
 fn ask_vmm(
-    question: &str,
+    question: &[&str],
     device: Option<&OwnedFd>,
     environment: Environment<'_>,
 ) -> Result<(Option<Exit>, String), Error> {
     let path = environment.programs.find(registry::VMM, None)?;
     let (mut reader, writer) = io::pipe().map_err(system("pipe"))?;
     let mut program = Program::new(&path);
+    for word in question {
+        program.arg(word);
+    }
     program
-        .arg(question)
         .option("--parent-pid", std::process::id())
         .option("--sandbox", environment.sandbox)
         .option(

@@ -7,12 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anemone_config::{Backend, Config, Kind, Vm};
+use anemone_config::{AccelType, Backend, Config, Kind, Vm};
 use anemone_ipc::vmm::{FromVmm, Summary};
 use log::LevelFilter;
 use serde::Serialize;
 
-use crate::accel::Environment;
+use crate::accel::{Environment, Opened};
 use crate::acpi_dump;
 use crate::error::{Error, printable, system};
 use crate::files;
@@ -42,10 +42,20 @@ pub fn check(
     sys::close_on_exec_from(3).map_err(system("close_range"))?;
     let boot = BootFiles::open(&vm)?;
     check_devices(&vm)?;
-    // Without the accelerator that runs nothing, only a run can tell what the machine looks like.
-    let machine = match registry::accelerator("none") {
-        Ok(_) => Some(build(&vm, &boot, log_level, dump_to)?),
-        Err(absent) => {
+    // `soft` needs nothing of the host. For other accelerators the one that runs nothing builds the
+    // machine; without it, only a run can tell what the machine looks like.
+    let accel = match vm.config.accel.kind {
+        AccelType::Soft => {
+            registry::accelerator("soft")?;
+            Some(Opened::Soft)
+        }
+        _ => None,
+    };
+    let machine = match (&accel, registry::accelerator("none")) {
+        (Some(_), _) | (None, Ok(_)) => {
+            Some(build(&vm, &boot, accel.as_ref(), log_level, dump_to)?)
+        }
+        (None, Err(absent)) => {
             log::warn!("{absent}: the machine itself is not shown");
             None
         }
@@ -98,6 +108,7 @@ fn check_devices(vm: &Vm) -> Result<(), Error> {
 fn build(
     vm: &Vm,
     boot: &BootFiles,
+    accel: Option<&Opened>,
     log_level: LevelFilter,
     dump_to: Option<&Path>,
 ) -> Result<Summary, Error> {
@@ -110,6 +121,8 @@ fn build(
             sandbox: vm.config.sandbox,
             log_level,
         },
+        accel,
+        vm.config.cpus.count.get(),
     )?;
     let dump = match dump_to {
         Some(_) => Some(sys::memfd("acpi-tables", 0).map_err(system("memfd_create"))?),
@@ -119,7 +132,7 @@ fn build(
     Wiring {
         vm,
         boot,
-        accel: None,
+        accel,
         sockets: None,
         serial: vm.serial.as_ref().map(|_| &serial),
         acpi_dump: dump.as_ref(),

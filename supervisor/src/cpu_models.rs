@@ -1,5 +1,7 @@
 //! `anemone cpu-models`: the CPU models and which of them this host can provide.
 
+use std::collections::BTreeMap;
+
 use anemone_config::{CpuModel, Sandbox};
 use log::LevelFilter;
 use serde::Serialize;
@@ -14,8 +16,8 @@ struct Report {
     name: String,
     about: String,
     features: Vec<String>,
-    /// What this host lacks; absent where no accelerator can be asked.
-    missing: Option<Vec<String>>,
+    /// What each accelerator lacks on this host; `null` where it cannot be asked.
+    missing: BTreeMap<String, Option<Vec<String>>>,
 }
 
 /// Asks a VMM process and prints.
@@ -53,7 +55,13 @@ fn parse(answer: &str) -> Vec<Report> {
             name: printable(field()?),
             about: printable(field()?),
             features: list(field()?),
-            missing: Some(field()?).filter(|text| *text != "?").map(list),
+            missing: fields
+                .filter_map(|field| field.split_once('='))
+                .map(|(accel, text)| {
+                    let missing = Some(text).filter(|text| *text != "?").map(list);
+                    (printable(accel), missing)
+                })
+                .collect(),
         })
     };
     answer.lines().filter_map(line).collect()
@@ -66,12 +74,15 @@ fn text(models: &[Report]) -> String {
     );
     let mut known: Vec<&String> = Vec::new();
     for model in models {
-        let verdict = match &model.missing {
-            None => "no accelerator here to ask".to_owned(),
-            Some(missing) if missing.is_empty() => "this host can provide it".to_owned(),
-            Some(missing) => format!("this host lacks {}", missing.join(", ")),
-        };
-        text += &format!("{:<12}  {}\n{:14}{verdict}\n", model.name, model.about, "");
+        text += &format!("{:<12}  {}\n", model.name, model.about);
+        for (accel, missing) in &model.missing {
+            let verdict = match missing {
+                None => "cannot be asked here".to_owned(),
+                Some(missing) if missing.is_empty() => "can provide it on this host".to_owned(),
+                Some(missing) => format!("lacks {} on this host", missing.join(", ")),
+            };
+            text += &format!("{:14}{accel}: {verdict}\n", "");
+        }
         // Each level has the features of those before.
         let new: Vec<_> = model
             .features
@@ -97,13 +108,24 @@ mod tests {
 
     #[test]
     fn answers_are_read() {
-        let models = parse("a\tfirst\tx,y\t\nb\tsecond\tx,y,z\tz\nc\tthird\tx\t?\nnonsense\n");
-        let missing: Vec<_> = models.iter().map(|m| m.missing.clone()).collect();
-        assert_eq!(missing, [Some(vec![]), Some(vec!["z".to_owned()]), None]);
-        let text = text(&models);
-        assert!(
-            text.contains("this host lacks z") && text.contains("more: z"),
-            "{text}"
+        let models = parse(
+            "a\tfirst\tx,y\tkvm=\tsoft=\nb\tsecond\tx,y,z\tkvm=?\tsoft=z\nc\tthird\tx\nnonsense\n",
         );
+        let missing = |model: usize, accel: &str| models[model].missing[accel].clone();
+        assert_eq!(models.len(), 3);
+        assert_eq!(missing(0, "kvm"), Some(vec![]));
+        assert_eq!(missing(0, "soft"), Some(vec![]));
+        assert_eq!(missing(1, "kvm"), None);
+        assert_eq!(missing(1, "soft"), Some(vec!["z".to_owned()]));
+        assert!(models[2].missing.is_empty());
+        let text = text(&models);
+        for part in [
+            "soft: can provide it",
+            "kvm: cannot be asked",
+            "soft: lacks z on this host",
+            "more: z",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
     }
 }

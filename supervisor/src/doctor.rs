@@ -127,20 +127,19 @@ fn accelerators(programs: &Programs, log_level: LevelFilter) -> Vec<Finding> {
         sandbox: Sandbox::On,
         log_level,
     };
-    let test = |name: &str| match name {
-        "kvm" => {
-            let device = accel::open_kvm()?;
-            match accel::self_test(&device, environment) {
-                Ok(None) => Ok("runs stock kernels".to_owned()),
-                Ok(Some(reason)) => Err(format!("opens, but cannot run stock kernels: {reason}")),
-                Err(error) => Err(format!("opens, but cannot be tested: {error}")),
-            }
+    let test = |entry: &registry::Entry| {
+        if !entry.default {
+            return Ok("always there".to_owned());
         }
-        _ => Ok("always there".to_owned()),
+        match accel::try_out(entry.name, environment) {
+            Ok(Ok(_)) => Ok("runs stock kernels".to_owned()),
+            Ok(Err(reason)) => Err(format!("cannot run stock kernels: {reason}")),
+            Err(error) => Err(format!("cannot be tested: {error}")),
+        }
     };
     registry::ACCELERATORS
         .iter()
-        .map(|entry| Finding::new(entry.name, test(entry.name)))
+        .map(|entry| Finding::new(entry.name, test(entry)))
         .collect()
 }
 

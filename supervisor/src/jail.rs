@@ -4,6 +4,7 @@
 use anemone_config::Sandbox;
 use anemone_sandbox::Mode;
 
+use crate::accel::Opened;
 use crate::error::Error;
 
 anemone_sandbox::include_policies!();
@@ -11,11 +12,15 @@ anemone_sandbox::include_policies!();
 /// Gives up all privileges and takes on the system-call policy.
 ///
 /// Not under `--sandbox log`: a process tree has room for one listener, and the children need it.
-pub fn enter(sandbox: Sandbox) -> Result<(), Error> {
+pub fn enter(sandbox: Sandbox, accel: &Opened) -> Result<(), Error> {
+    let policy = match accel {
+        Opened::Soft => &policies::SOFT,
+        Opened::Kvm(_) | Opened::None(_) => &policies::MAIN,
+    };
     let failed = |e: &dyn std::fmt::Display| Error::Failed(format!("the supervisor's jail: {e}"));
     anemone_sandbox::renounce().map_err(|e| failed(&e))?;
     match sandbox {
-        Sandbox::On => anemone_sandbox::restrict(&policies::MAIN, Mode::On).map_err(|e| failed(&e)),
+        Sandbox::On => anemone_sandbox::restrict(policy, Mode::On).map_err(|e| failed(&e)),
         Sandbox::Log => Ok(()),
     }
 }

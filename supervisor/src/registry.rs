@@ -25,6 +25,13 @@ pub const ACCELERATORS: &[Entry] = &[
         program: VMM,
         default: true,
     },
+    #[cfg(feature = "soft")]
+    Entry {
+        name: "soft",
+        summary: "a software CPU, for hosts without a usable KVM",
+        program: VMM,
+        default: true,
+    },
     #[cfg(feature = "none")]
     Entry {
         name: "none",

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anemone_ipc::Channel;
 
-use crate::accel::Environment;
+use crate::accel::{Environment, Opened};
 use crate::error::{Error, system};
 use crate::spawn::{Process, Program};
 
@@ -22,8 +22,14 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts one; it waits for its configuration.
-    pub fn start(path: &Path, environment: Environment<'_>) -> Result<Self, Error> {
+    /// Starts one; it waits for its configuration. `accel` and `cpus` are those that it will be
+    /// told to use.
+    pub fn start(
+        path: &Path,
+        environment: Environment<'_>,
+        accel: Option<&Opened>,
+        cpus: u16,
+    ) -> Result<Self, Error> {
         let (channel, theirs) = anemone_ipc::pair().map_err(system("socketpair"))?;
         channel
             .set_nonblocking(true)
@@ -31,6 +37,9 @@ impl Vmm {
         let theirs = theirs.into_fd();
         let mut program = Program::new(path);
         control_options(&mut program, &theirs, environment);
+        if let Some(Opened::Soft) = accel {
+            program.option("--soft-cpus", cpus);
+        }
         Ok(Self {
             process: program.start()?,
             channel,

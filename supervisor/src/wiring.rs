@@ -84,6 +84,7 @@ impl Wiring<'_> {
             Some(Opened::Kvm(device)) => Accel::Kvm {
                 device: fds.add(device),
             },
+            Some(Opened::Soft) => Accel::Soft,
             Some(Opened::None(socket)) => Accel::None {
                 socket: Some(fds.add(socket)),
             },

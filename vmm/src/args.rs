@@ -15,9 +15,11 @@ Options:
   --parent-pid PID      end when this process is no longer the parent
   --sandbox on|log      on: a forbidden system call kills (default); log: it is reported
   --log-level LEVEL     off, error, warn (default), info, debug or trace
-  --self-test           tell whether /dev/kvm, open as descriptor 4, runs stock kernels
-  --cpu-models          print the CPU models, one a line, with what the accelerator whose device
-                        is open as descriptor 4 lacks of each
+  --soft-cpus N         make what N CPUs of accelerator `soft` need before entering the jail
+  --self-test ACCEL     tell whether accelerator `kvm` or `soft` runs stock kernels here;
+                        /dev/kvm is open as descriptor 4
+  --cpu-models          print the CPU models, one a line, with what each accelerator lacks of
+                        them; /dev/kvm, if there is one, is open as descriptor 4
   --help, --version     print and exit
 ";
 
@@ -25,8 +27,7 @@ Options:
 pub enum Mode {
     Print(String),
     Run,
-    #[cfg(feature = "kvm")]
-    SelfTest,
+    SelfTest(String),
     CpuModels,
 }
 
@@ -35,6 +36,8 @@ pub struct Args {
     pub mode: Mode,
     pub jail: jail::Settings,
     pub log_level: log::LevelFilter,
+    /// CPUs of accelerator `soft` to prepare for.
+    pub soft_cpus: u32,
 }
 
 impl Args {
@@ -46,6 +49,7 @@ impl Args {
                 parent_pid: None,
             },
             log_level: log::LevelFilter::Warn,
+            soft_cpus: 0,
         };
         let mut parser = lexopt::Parser::from_env();
         loop {
@@ -83,8 +87,13 @@ impl Args {
                         .map_err(|_| "the levels are off, error, warn, info, debug, trace")
                 })?;
             }
-            #[cfg(feature = "kvm")]
-            Long("self-test") => self.mode = Mode::SelfTest,
+            Long("soft-cpus") => {
+                self.soft_cpus = parser.value()?.parse_with(|text| match text.parse() {
+                    Ok(number @ 0..=anemone_virt::map::CPUS_MAX) => Ok(number),
+                    _ => Err("not a number of CPUs"),
+                })?;
+            }
+            Long("self-test") => self.mode = Mode::SelfTest(parser.value()?.string()?),
             Long("cpu-models") => self.mode = Mode::CpuModels,
             Long("help") => self.mode = Mode::Print(HELP.to_owned()),
             Long("version") => {

@@ -26,6 +26,8 @@ const APIC_BASE: u64 = map::LAPIC_BASE | 1 << 11 | 1 << 8;
 pub struct Machine {
     pub board: Arc<Board>,
     pub vcpus: Vec<Box<dyn Vcpu>>,
+    /// Name of the accelerator.
+    pub accel: &'static str,
     pub happenings: Arc<Happenings>,
     pub summary: Summary,
     #[cfg(feature = "serial")]
@@ -38,6 +40,7 @@ pub struct Machine {
 pub fn build(
     config: &VmConfig,
     received: &mut Received<ToVmm>,
+    prepared: accel::Prepared,
     mode: Mode,
 ) -> Result<Machine, Error> {
     if config.version != VERSION {
@@ -60,12 +63,12 @@ pub fn build(
             map::CPUS_MAX
         )));
     }
-    let vm = accel::create(config, received)?;
+    let happenings = Arc::new(Happenings::new().map_err(Error::os("eventfd"))?);
+    let vm = accel::create(config, received, prepared, &happenings, mode)?;
     let memory_fd = received.take(config.memory_fd)?;
     let ram = memory::map_ram(&memory_fd, config.memory)?;
     memory::map_slots(&*vm, &ram)?;
     let shared = Arc::new(memory::shared_ram(&memory_fd, config.memory)?);
-    let happenings = Arc::new(Happenings::new().map_err(Error::os("eventfd"))?);
 
     // The back ends answer while the kernel is being loaded.
     let starting = config
@@ -171,6 +174,7 @@ pub fn build(
     Ok(Machine {
         board,
         vcpus,
+        accel: vm.name(),
         happenings,
         summary,
         #[cfg(feature = "serial")]

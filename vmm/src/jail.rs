@@ -28,9 +28,22 @@ pub fn enter(settings: &Settings) -> Result<(), Error> {
     Ok(anemone_sandbox::restrict(&policies::MAIN, settings.mode)?)
 }
 
-/// Narrows the calling thread, which is about to run a vCPU.
-pub fn restrict_vcpu(mode: Mode) -> Result<(), Error> {
-    Ok(anemone_sandbox::restrict(&policies::VCPU, mode)?)
+/// Narrows the calling thread, which is about to run a vCPU of an accelerator.
+pub fn restrict_vcpu(accel: &str, mode: Mode) -> Result<(), Error> {
+    let policy = match accel {
+        "soft" => &policies::VCPU_SOFT,
+        _ => &policies::VCPU,
+    };
+    Ok(anemone_sandbox::restrict(policy, mode)?)
+}
+
+/// Narrows the calling thread, which is about to wait for the event counters of devices.
+#[cfg_attr(
+    not(feature = "soft"),
+    allow(dead_code, reason = "the policies are those of every build")
+)]
+pub fn restrict_irqfd(mode: Mode) -> Result<(), Error> {
+    Ok(anemone_sandbox::restrict(&policies::IRQFD, mode)?)
 }
 
 /// Narrows the calling thread, which is about to talk to a back end.

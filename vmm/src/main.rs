@@ -18,16 +18,14 @@ mod serial;
 
 use std::process::ExitCode;
 
+use anemone_accel_api::Verdict;
 use anemone_ipc::vmm::{FromVmm, ToVmm};
 use anemone_ipc::{CONTROL_FD, Channel};
 use anemone_process::inherited_fd;
 
+use crate::accel::Prepared;
 use crate::args::{Args, Mode};
 use crate::error::Error;
-
-/// Where `--self-test` and `--cpu-models` find `/dev/kvm`.
-#[cfg(feature = "kvm")]
-const DEVICE_FD: i32 = 4;
 
 fn main() -> ExitCode {
     let args = match Args::parse() {
@@ -43,8 +41,7 @@ fn main() -> ExitCode {
             print!("{text}");
             ExitCode::SUCCESS
         }
-        #[cfg(feature = "kvm")]
-        Mode::SelfTest => self_test(&args.jail),
+        Mode::SelfTest(accel) => self_test(&args.jail, &accel),
         Mode::CpuModels => match cpu_models(&args.jail) {
             Ok(text) => {
                 print!("{text}");
@@ -55,7 +52,7 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
-        Mode::Run => match serve(&args.jail) {
+        Mode::Run => match serve(&args.jail, args.soft_cpus) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
                 log::error!("{e}");
@@ -65,18 +62,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells whether KVM on this host can run a stock kernel: exit status 0, or the reason on
-/// standard output and 1.
-#[cfg(feature = "kvm")]
-fn self_test(jail: &jail::Settings) -> ExitCode {
-    use anemone_accel_kvm::Verdict;
-    let verdict = inherited_fd(DEVICE_FD)
-        .map_err(Error::from)
-        .and_then(|device| {
-            jail::enter(jail)?;
-            Ok(anemone_accel_kvm::self_test(device)?)
-        });
-    match verdict {
+/// Tells whether an accelerator can run a stock kernel on this host: exit status 0, or the reason
+/// on standard output and 1.
+fn self_test(jail: &jail::Settings, accel: &str) -> ExitCode {
+    match accel::self_test(jail, accel) {
         Ok(Verdict::Usable) => ExitCode::SUCCESS,
         Ok(Verdict::Unusable(reason)) => {
             println!("{reason}");
@@ -89,42 +78,29 @@ fn self_test(jail: &jail::Settings) -> ExitCode {
     }
 }
 
-/// The frozen CPU models: name, description, features, and what this host's accelerator lacks
-/// (`?` where there is none), separated by tabs; lists by commas.
+/// The frozen CPU models: name, description, features, and for each accelerator `NAME=` and what it
+/// lacks on this host (`?` where it cannot be asked), separated by tabs; lists by commas.
 fn cpu_models(jail: &jail::Settings) -> Result<String, Error> {
-    #[cfg(feature = "kvm")]
-    let offered = {
-        let device = inherited_fd(DEVICE_FD);
-        jail::enter(jail)?;
-        device
-            .ok()
-            .map(anemone_accel_kvm::offered_cpuid)
-            .transpose()?
-    };
-    #[cfg(not(feature = "kvm"))]
-    let offered = {
-        jail::enter(jail)?;
-        None::<Vec<anemone_cpu::Leaf>>
-    };
+    let offered = accel::offered(jail)?;
     let mut text = String::new();
     for model in anemone_cpu::MODELS {
         let features: Vec<_> = model.features().map(|f| f.name).collect();
-        let missing = match &offered {
-            Some(offered) => model.missing(offered).join(","),
-            None => "?".to_owned(),
-        };
-        text += &format!(
-            "{}\t{}\t{}\t{missing}\n",
-            model.name,
-            model.about,
-            features.join(",")
-        );
+        text += &format!("{}\t{}\t{}", model.name, model.about, features.join(","));
+        for (accel, offered) in &offered {
+            let missing = match offered {
+                Some(offered) => model.missing(offered).join(","),
+                None => "?".to_owned(),
+            };
+            text += &format!("\t{accel}={missing}");
+        }
+        text.push('\n');
     }
     Ok(text)
 }
 
 /// Builds and runs the one machine this process is for.
-fn serve(jail: &jail::Settings) -> Result<(), Error> {
+fn serve(jail: &jail::Settings, soft_cpus: u32) -> Result<(), Error> {
+    let prepared = Prepared::new(soft_cpus)?;
     let channel = Channel::new(inherited_fd(CONTROL_FD)?);
     jail::enter(jail)?;
     let mut received = channel.recv::<ToVmm>()?;
@@ -132,7 +108,7 @@ fn serve(jail: &jail::Settings) -> Result<(), Error> {
         return Err(Error::Protocol("the first message is not a configuration"));
     };
     let config = config.as_ref().clone();
-    let machine = match build::build(&config, &mut received, jail.mode) {
+    let machine = match build::build(&config, &mut received, prepared, jail.mode) {
         Ok(machine) => machine,
         Err(e) => {
             channel.send(

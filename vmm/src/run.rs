@@ -15,7 +15,7 @@ use crate::build::Machine;
 use crate::error::Error;
 use crate::jail;
 
-/// A vCPU thread runs register models only.
+/// A vCPU thread runs register models and, without hardware for it, a CPU.
 const VCPU_STACK: usize = 256 << 10;
 
 /// Milliseconds without an event after which memory of the start is given back.
@@ -100,10 +100,14 @@ impl Signals for Happenings {
 pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Error> {
     for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
         let (board, happenings) = (machine.board.clone(), machine.happenings.clone());
+        let accel = machine.accel;
         thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(VCPU_STACK)
-            .spawn(move || run_vcpu(index, vcpu, &board, &happenings, mode))
+            .spawn(move || {
+                let jail = jail::restrict_vcpu(accel, mode);
+                run_vcpu(index, vcpu, &board, &happenings, jail);
+            })
             .map_err(Error::os("starting a vCPU thread"))?;
     }
     jail::restrict_run(mode)?;
@@ -195,16 +199,21 @@ fn orders(machine: &Machine, channel: &Channel) -> Result<bool, Error> {
     outcome
 }
 
-fn run_vcpu(index: usize, vcpu: Box<dyn Vcpu>, board: &Board, to: &Arc<Happenings>, mode: Mode) {
+fn run_vcpu(
+    index: usize,
+    mut vcpu: Box<dyn Vcpu>,
+    board: &Board,
+    to: &Arc<Happenings>,
+    jail: Result<(), Error>,
+) {
     let failed = |what: String| {
         to.fail(Event::Failed {
             message: format!("vCPU {index}: {what}"),
         });
     };
-    if let Err(e) = jail::restrict_vcpu(mode) {
+    if let Err(e) = jail {
         return failed(e.to_string());
     }
-    let mut vcpu = vcpu;
     loop {
         match vcpu.run(board) {
             Ok(Stop::Kicked) => {}

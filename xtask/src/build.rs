@@ -11,7 +11,7 @@ use crate::sh;
 
 /// Target of `.cargo/config.toml`, which decides where cargo puts what it builds.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const ACCELERATORS: &[&str] = &["kvm", "none"];
+const ACCELERATORS: &[&str] = &["kvm", "soft", "none"];
 const DEVICES: &[&str] = &["blk", "console", "rng"];
 const MACHINE: &[&str] = &["serial", "panic-device"];
 
@@ -140,14 +140,13 @@ pub fn full() -> Result<Binaries> {
 
 /// First program of the rig's outer guest.
 pub fn guest_runner() -> Result<PathBuf> {
-    sh::run(cargo().args([
-        "build",
-        "--release",
-        "--quiet",
-        "--package",
-        "anemone-guest-init",
-    ]))?;
-    Ok(target_dir().join("release/anemone-guest-init"))
+    program("anemone-guest-init")
+}
+
+/// The program of a package that is not part of any build configuration and has its name.
+pub fn program(package: &str) -> Result<PathBuf> {
+    sh::run(cargo().args(["build", "--release", "--quiet", "--package", package]))?;
+    Ok(target_dir().join("release").join(package))
 }
 
 /// An example of a package, which is not part of any build configuration.

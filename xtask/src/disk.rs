@@ -58,33 +58,46 @@ impl RootDisk {
         })
     }
 
-    /// After the guest has ended: its file system must be sound, and hold what it had to write.
+    /// After the guest with the cloud kernel has ended, see [`RootDisk::verify_for`].
     pub fn verify(&self, packages: &Packages) -> Result<()> {
-        sh::quiet(packages.tool("e2fsck")?.arg("-fn").arg(&self.image))
-            .context("the guest left a damaged file system")?;
-        let text = self.read(packages, "/written-by-guest")?;
-        let expected = format!("{}\n{}\n", self.token, packages.release());
+        self.verify_for(packages, packages.release())
+    }
+
+    /// After the guest has ended: its file system must be sound, and hold what it had to write,
+    /// its kernel's release among it.
+    pub fn verify_for(&self, packages: &Packages, release: &str) -> Result<()> {
+        check(packages, &self.image)?;
+        let text = read(packages, &self.image, "/written-by-guest")?;
+        let expected = format!("{}\n{release}\n", self.token);
         ensure!(
             text == expected.as_bytes(),
             "the guest wrote {:?}, not {expected:?}",
             String::from_utf8_lossy(&text)
         );
-        if self.read(packages, "/copy")? != self.payload {
+        if read(packages, &self.image, "/copy")? != self.payload {
             bail!("the guest's copy of the payload differs");
         }
         Ok(())
     }
+}
 
-    fn read(&self, packages: &Packages, path: &str) -> Result<Vec<u8>> {
-        let output = sh::quiet(
-            packages
-                .tool("debugfs")?
-                .arg("-R")
-                .arg(format!("cat {path}"))
-                .arg(&self.image),
-        )?;
-        Ok(output.stdout)
-    }
+/// The file system in an image must be sound.
+pub fn check(packages: &Packages, image: &Path) -> Result<()> {
+    sh::quiet(packages.tool("e2fsck")?.arg("-fn").arg(image))
+        .context("the guest left a damaged file system")?;
+    Ok(())
+}
+
+/// Content of a file in the file system of an image; nothing if it is not there.
+pub fn read(packages: &Packages, image: &Path, path: &str) -> Result<Vec<u8>> {
+    let output = sh::quiet(
+        packages
+            .tool("debugfs")?
+            .arg("-R")
+            .arg(format!("cat {path}"))
+            .arg(image),
+    )?;
+    Ok(output.stdout)
 }
 
 #[cfg(test)]
@@ -101,7 +114,10 @@ mod tests {
         let packages = crate::packages::fetch().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let disk = RootDisk::make(&packages, &dir.path().join("root.img")).unwrap();
-        assert_eq!(disk.read(&packages, "/payload").unwrap(), disk.payload);
+        assert_eq!(
+            read(&packages, &disk.image, "/payload").unwrap(),
+            disk.payload
+        );
         assert!(disk.verify(&packages).is_err());
     }
 }

@@ -1,5 +1,5 @@
-//! The initial RAM file systems: of the guests under test, and of the outer guest of the nested
-//! rig, which holds the product and the former.
+//! The initial RAM file systems: of the guests under test, of a Debian system on a disk, and of the
+//! outer guest of the nested rig, which holds the product and the first.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -9,10 +9,11 @@ use anyhow::{Context, Result};
 
 use crate::cpio::Writer;
 use crate::modules::Modules;
-use crate::packages::Packages;
+use crate::packages::{Kernel, Packages};
 use crate::sh;
 
-/// Modules of the guest under test. The console comes first, so that what follows is seen.
+/// Modules of the guest under test. The console comes first, so that what follows is seen. ext4
+/// asks for the checksum by its algorithm, which is no dependency that its module names.
 const GUEST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_console",
@@ -21,6 +22,17 @@ const GUEST_MODULES: &[&str] = &[
     "pvpanic_pci",
     "button",
     "evdev",
+    "crc32c_generic",
+    "ext4",
+];
+
+/// Modules with which a root file system on a disk is reached; udev loads the others.
+const ROOT_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "crc32c_generic",
+    "ext4",
 ];
 
 /// Programs of busybox that the guest's init uses, or that are handy in its shell.
@@ -60,6 +72,7 @@ const APPLETS: &[&str] = &[
     "sleep",
     "sort",
     "stty",
+    "switch_root",
     "sync",
     "tail",
     "top",
@@ -77,13 +90,35 @@ const APPLETS: &[&str] = &[
 pub struct Guest {
     /// Stock Debian kernel.
     pub kernel: PathBuf,
-    /// busybox, modules and `tests/guest/inner/init.sh`.
+    /// busybox, modules and a first program.
     pub initramfs: PathBuf,
 }
 
-/// Builds the initramfs of the guest under test.
+/// The guest under test with the cloud kernel.
 pub fn guest(packages: &Packages) -> Result<Guest> {
-    let path = sh::build_dir("guest/initramfs.cpio");
+    guest_with(packages, packages.cloud())
+}
+
+/// The guest under test with a given kernel.
+pub fn guest_with(packages: &Packages, kernel: &Kernel) -> Result<Guest> {
+    small(packages, kernel, "guest", "inner/init.sh", GUEST_MODULES)
+}
+
+/// A kernel and an initramfs that start the system on the first disk.
+pub fn on_disk(packages: &Packages, kernel: &Kernel) -> Result<Guest> {
+    small(packages, kernel, "root", "debian/init.sh", ROOT_MODULES)
+}
+
+/// busybox, some modules, and a script of `tests/guest` as the first program.
+fn small(
+    packages: &Packages,
+    kernel: &Kernel,
+    folder: &str,
+    init: &str,
+    modules: &[&str],
+) -> Result<Guest> {
+    let name = format!("guest/{folder}-{}.cpio", kernel.flavour.name());
+    let path = sh::build_dir(&name);
     sh::fresh(&path)?;
     let mut archive = create(&path)?;
     archive.character("dev/console", 5, 1)?;
@@ -94,14 +129,32 @@ pub fn guest(packages: &Packages) -> Result<Guest> {
     for applet in APPLETS {
         archive.symlink(&format!("bin/{applet}"), "busybox")?;
     }
-    let init = sh::root().join("tests/guest/inner/init.sh");
+    let init = sh::root().join("tests/guest").join(init);
     put(&mut archive, "init", 0o755, &init)?;
-    put_modules(&mut archive, packages, GUEST_MODULES)?;
+    put_modules(&mut archive, kernel, modules)?;
     archive.finish()?;
     Ok(Guest {
-        kernel: packages.kernel(),
+        kernel: kernel.image.clone(),
         initramfs: path,
     })
+}
+
+/// Builds the initramfs of the guest of `bench soft`: busybox, and a program that init runs. No
+/// module is needed for a serial port.
+pub fn bench(packages: &Packages, program: &Path) -> Result<PathBuf> {
+    let path = sh::build_dir("guest/bench.cpio");
+    sh::fresh(&path)?;
+    let mut archive = create(&path)?;
+    archive.character("dev/console", 5, 1)?;
+    put(&mut archive, "bin/busybox", 0o755, &packages.busybox())?;
+    for applet in ["poweroff", "sh"] {
+        archive.symlink(&format!("bin/{applet}"), "busybox")?;
+    }
+    put(&mut archive, "bin/anemone-guest-bench", 0o755, program)?;
+    let init = sh::root().join("tests/guestbench/init.sh");
+    put(&mut archive, "init", 0o755, &init)?;
+    archive.finish()?;
+    Ok(path)
 }
 
 /// Modules of the rig's outer guest.
@@ -119,7 +172,7 @@ pub fn outer(
     let mut archive = create(path)?;
     archive.character("dev/console", 5, 1)?;
     put(&mut archive, "init", 0o755, init)?;
-    put_modules(&mut archive, packages, OUTER_MODULES)?;
+    put_modules(&mut archive, packages.cloud(), OUTER_MODULES)?;
     archive.file(
         "etc/passwd",
         0o644,
@@ -152,10 +205,10 @@ fn put(
 /// Puts modules under `modules/`, named so that the order of names is the order of loading.
 fn put_modules(
     archive: &mut Writer<BufWriter<File>>,
-    packages: &Packages,
+    kernel: &Kernel,
     names: &[&str],
 ) -> Result<()> {
-    let modules = Modules::scan(&packages.modules())?;
+    let modules = Modules::scan(&kernel.modules)?;
     for (i, path) in modules.load_order(names)?.iter().enumerate() {
         let base = path.file_name().unwrap_or_default().to_string_lossy();
         put(archive, &format!("modules/{i:02}-{base}"), 0o644, path)?;

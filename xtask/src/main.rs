@@ -3,13 +3,17 @@
 
 mod bench;
 mod build;
+mod console;
 mod cpio;
+mod debian;
 mod demo;
 mod disk;
 mod doctor;
 mod elf;
 mod footprint;
+mod fuzz;
 mod initramfs;
+mod journal;
 mod man;
 mod modules;
 mod packages;
@@ -38,11 +42,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boot a stock Debian kernel and get its shell.
-    Demo {
-        /// No shell: let the guest verify and write its disk, verify what it wrote, and exit.
-        #[arg(long)]
-        check: bool,
-    },
+    Demo(demo::Options),
     /// Run tests; the last line counts them.
     Test {
         /// Groups to run, all if none is given; vm-kvm:NAME selects a scenario.
@@ -59,6 +59,19 @@ enum Command {
     Bench {
         #[command(subcommand)]
         what: Bench,
+    },
+    /// Run random guests on the software CPU: none may end the process, stop answering, or touch
+    /// memory outside the guest.
+    Fuzz {
+        /// How long.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Where the seeds of the guests come from; the clock if not given.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Run one guest again.
+        #[arg(long, value_name = "SEED", conflicts_with_all = ["seconds", "seed"])]
+        case: Option<u64>,
     },
     /// Build what a configuration lists, into build/out/NAME.
     Build {
@@ -101,6 +114,21 @@ enum Bench {
         #[arg(long, default_value_t = 3)]
         seconds: u32,
     },
+    /// The software CPU: boot and loops in a guest, beside QEMU's TCG and the host.
+    Soft {
+        /// Measurements of each engine.
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
+        /// About how long each loop runs.
+        #[arg(long, default_value_t = 1000)]
+        millis: u32,
+        /// Only these: boot, and names of loops.
+        #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+        only: Vec<String>,
+        /// What runs them, in turns.
+        #[arg(long, value_delimiter = ',', default_value = "soft,tcg,native")]
+        engines: Vec<bench::Engine>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -119,7 +147,7 @@ fn dispatch(command: Command) -> Result<bool> {
     let alone = !matches!(command, Command::Man | Command::Test { list: true, .. });
     let _lock = if alone { Some(sh::lock()?) } else { None };
     match command {
-        Command::Demo { check } => demo::run(check)?,
+        Command::Demo(options) => demo::run(&options)?,
         Command::Test { list: true, .. } => test::list()?,
         Command::Test {
             groups,
@@ -130,7 +158,23 @@ fn dispatch(command: Command) -> Result<bool> {
             Bench::Start { runs } => bench::start(runs)?,
             Bench::Memory => bench::memory()?,
             Bench::Block { runs, seconds } => bench::block(runs, seconds)?,
+            Bench::Soft {
+                runs,
+                millis,
+                only,
+                engines,
+            } => bench::soft(&bench::Plan {
+                runs,
+                millis,
+                only,
+                engines,
+            })?,
         },
+        Command::Fuzz {
+            seconds,
+            seed,
+            case,
+        } => fuzz::run(seconds, seed, case)?,
         Command::Build { config, debug } => {
             for (_, path) in build::build(&config, !debug)?.iter() {
                 println!("{}", path.display());

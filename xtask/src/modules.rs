@@ -1,7 +1,7 @@
 //! Kernel modules and what they need. The package brings no `modules.dep` (that is made when it
 //! is installed), so the dependencies are read from the modules themselves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 /// The modules of one kernel, by name with underscores.
 pub struct Modules {
     paths: BTreeMap<String, PathBuf>,
+    builtin: BTreeSet<String>,
 }
 
 impl Modules {
@@ -27,11 +28,17 @@ impl Modules {
                 }
             }
         }
-        Ok(Self { paths })
+        let list = folder.join("modules.builtin");
+        let list = fs::read_to_string(&list).with_context(|| list.display().to_string())?;
+        let builtin = list.lines().filter_map(|l| module_name(Path::new(l)));
+        Ok(Self {
+            paths,
+            builtin: builtin.collect(),
+        })
     }
 
-    /// The files of `names` and of all they depend on, in the order of loading. A name that the
-    /// kernel has built in, or lacks, is an error: the caller's list is for one kernel.
+    /// The files of `names` and of all they depend on, in the order of loading, without what this
+    /// kernel has built in. A name that it lacks is an error.
     pub fn load_order(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
         let mut order = Vec::new();
         for name in names {
@@ -41,9 +48,13 @@ impl Modules {
     }
 
     fn visit(&self, name: &str, order: &mut Vec<PathBuf>) -> Result<()> {
+        let name = name.replace('-', "_");
+        if self.builtin.contains(&name) {
+            return Ok(());
+        }
         let path = self
             .paths
-            .get(&name.replace('-', "_"))
+            .get(&name)
             .with_context(|| format!("this kernel has no module {name}"))?;
         if order.contains(path) {
             return Ok(());
@@ -93,9 +104,14 @@ mod tests {
         module("virtio", "");
         module("virtio_ring", "virtio");
         module("virtio-pci", "virtio,virtio_ring");
+        fs::write(
+            dir.path().join("modules.builtin"),
+            "kernel/fs/ext4/ext-4.ko\n",
+        )
+        .unwrap();
         let modules = Modules::scan(dir.path()).unwrap();
         let names: Vec<_> = modules
-            .load_order(&["virtio-pci", "virtio_ring"])
+            .load_order(&["ext_4", "virtio-pci", "virtio_ring"])
             .unwrap()
             .iter()
             .map(|p| module_name(p).unwrap())

@@ -1,9 +1,10 @@
 //! Debian packages as test counterparts and guests, without installing any of them.
 //!
 //! Everything happens in `build/packages`: a package state of our own (so that what the host has
-//! installed neither helps nor hinders), the `.deb` files, and one root folder they are all
-//! unpacked into. Programs in it are started through the dynamic loader in it. This needs apt
-//! tools and a network the first time, and no privileges at all.
+//! installed neither helps nor hinders), and one root folder that packages are unpacked into;
+//! what only some commands need is in folders of its own. Programs are started through the dynamic
+//! loader in the root folder. This needs apt tools and a network the first time, and no privileges
+//! at all.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -44,14 +45,76 @@ const BY_NAME: &[&str] = &[
 ];
 /// What goes into guests; unpacked alone.
 const GUEST: &[&str] = &["busybox-static"];
-/// The metapackage whose first dependency is the guest kernel.
-const KERNEL: &str = "linux-image-cloud-amd64";
+/// The package that installs a Debian system into a folder. The host has Perl, which all Debian
+/// systems have, and apt.
+const BOOTSTRAP: &str = "mmdebstrap";
+
+/// Debian's kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Flavour {
+    /// For virtual machines: few drivers, fetched with everything else.
+    Cloud,
+    /// For all machines.
+    Amd64,
+    /// The same with PREEMPT_RT.
+    Rt,
+}
+
+impl Flavour {
+    /// Every one of them.
+    pub const ALL: [Self; 3] = [Self::Cloud, Self::Amd64, Self::Rt];
+
+    /// Short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cloud => "cloud",
+            Self::Amd64 => "amd64",
+            Self::Rt => "rt",
+        }
+    }
+
+    /// The metapackage whose first dependency is the kernel.
+    fn metapackage(self) -> &'static str {
+        match self {
+            Self::Cloud => "linux-image-cloud-amd64",
+            Self::Amd64 => "linux-image-amd64",
+            Self::Rt => "linux-image-rt-amd64",
+        }
+    }
+}
+
+/// An unpacked kernel package.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    /// Which of them it is.
+    pub flavour: Flavour,
+    /// `uname -r` of it.
+    pub release: String,
+    /// A bzImage.
+    pub image: PathBuf,
+    /// Folder of its modules, which is named as the release.
+    pub modules: PathBuf,
+}
+
+impl Kernel {
+    /// The kernel whose package is unpacked in `root`.
+    fn find(flavour: Flavour, root: &Path) -> Result<Self> {
+        let release = kernel_release(root)?;
+        Ok(Self {
+            flavour,
+            image: root.join(format!("boot/vmlinuz-{release}")),
+            modules: root.join("lib/modules").join(&release),
+            release,
+        })
+    }
+}
 
 /// The unpacked packages.
 #[derive(Debug, Clone)]
 pub struct Packages {
+    base: PathBuf,
     root: PathBuf,
-    release: String,
+    cloud: Kernel,
 }
 
 /// Makes sure that all packages are there, fetching them if needed.
@@ -62,7 +125,8 @@ pub fn fetch() -> Result<Packages> {
     lock.lock().context("build/packages/lock")?;
 
     let stamp = base.join("complete");
-    let wanted = format!("{TOOLS:?} {GUEST:?} {KERNEL}");
+    let cloud = Flavour::Cloud;
+    let wanted = format!("{TOOLS:?} {GUEST:?} {}", cloud.metapackage());
     let root = base.join("root");
     if fs::read_to_string(&stamp).unwrap_or_default() != wanted {
         sh::fresh(&stamp)?;
@@ -70,24 +134,68 @@ pub fn fetch() -> Result<Packages> {
         download_and_unpack(&base, &root)?;
         fs::write(&stamp, wanted)?;
     }
-    let release = kernel_release(&root)?;
-    Ok(Packages { root, release })
+    let cloud = Kernel::find(cloud, &root)?;
+    Ok(Packages { base, root, cloud })
 }
 
 impl Packages {
-    /// The guest kernel, a bzImage.
+    /// The cloud kernel, a bzImage.
     pub fn kernel(&self) -> PathBuf {
-        self.root.join(format!("boot/vmlinuz-{}", self.release))
+        self.cloud.image.clone()
     }
 
-    /// `uname -r` of the guest kernel.
+    /// `uname -r` of the cloud kernel.
     pub fn release(&self) -> &str {
-        &self.release
+        &self.cloud.release
     }
 
-    /// Folder of the guest kernel's modules.
-    pub fn modules(&self) -> PathBuf {
-        self.root.join("lib/modules").join(&self.release)
+    /// The cloud kernel.
+    pub fn cloud(&self) -> &Kernel {
+        &self.cloud
+    }
+
+    /// One of Debian's kernels. Those other than the cloud kernel are fetched when they are first
+    /// asked for: each has 70 MB, 400 MB when unpacked.
+    pub fn kernel_of(&self, flavour: Flavour) -> Result<Kernel> {
+        if flavour == Flavour::Cloud {
+            return Ok(self.cloud.clone());
+        }
+        let root = self.alone(flavour.name(), |apt| apt.dependency(flavour.metapackage()))?;
+        Kernel::find(flavour, &root)
+    }
+
+    /// Path of mmdebstrap, a Perl script, which is fetched when it is first asked for.
+    pub fn mmdebstrap(&self) -> Result<PathBuf> {
+        let root = self.alone(BOOTSTRAP, |_| Ok(BOOTSTRAP.to_string()))?;
+        Ok(root.join("usr/bin/mmdebstrap"))
+    }
+
+    /// The archives of a Debian release that this host's apt knows, as lines of a sources.list.
+    pub fn archives(&self, codename: &str) -> Result<String> {
+        let lines = Apt::new(&self.base)?.archives(codename)?;
+        if lines.is_empty() {
+            bail!("apt of this host knows no archive of Debian {codename}");
+        }
+        Ok(lines)
+    }
+
+    /// Unpacks one package without what it depends on into a folder of its own.
+    fn alone(&self, folder: &str, package: impl FnOnce(&Apt) -> Result<String>) -> Result<PathBuf> {
+        let lock = File::create(self.base.join("lock"))?;
+        lock.lock().context("build/packages/lock")?;
+        let root = self.base.join(folder);
+        let stamp = root.join("complete");
+        if !stamp.exists() {
+            sh::fresh(&root)?;
+            let apt = Apt::new(&self.base)?;
+            // The lists may be older than the archive by now.
+            apt.update()?;
+            let package = package(&apt)?;
+            sh::progress(format_args!("fetching {package}"));
+            apt.unpack(&BTreeSet::from([package]), &root)?;
+            fs::write(&stamp, "")?;
+        }
+        Ok(root)
     }
 
     /// The static busybox.
@@ -245,6 +353,54 @@ impl Apt {
             .collect())
     }
 
+    /// Reads the package lists. Returns what apt had to say: a third-party source that does not
+    /// answer is of no concern if the packages are found.
+    fn update(&self) -> Result<String> {
+        let output = self.command("apt-get").arg("update").output()?;
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// See [`Packages::archives`].
+    fn archives(&self, codename: &str) -> Result<String> {
+        let output = sh::quiet(self.command("apt-get").args([
+            "indextargets",
+            "--format",
+            "$(ORIGIN) $(CODENAME) deb $(REPO_URI) $(RELEASE) $(COMPONENT)",
+            "Created-By: Packages",
+            "Architecture: amd64",
+        ]))?;
+        let lines: BTreeSet<String> = String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .filter_map(|line| line.strip_prefix("Debian "))
+            .filter_map(|line| line.split_once(' '))
+            .filter(|(name, _)| name.split('-').next() == Some(codename))
+            .map(|(_, archive)| format!("{archive}\n"))
+            .collect();
+        Ok(lines.into_iter().collect())
+    }
+
+    /// Downloads packages and unpacks them, and nothing that they depend on, into `root`.
+    fn unpack(&self, wanted: &BTreeSet<String>, root: &Path) -> Result<()> {
+        let debs = root.with_extension("debs");
+        sh::fresh(&debs)?;
+        fs::create_dir_all(&debs)?;
+        sh::quiet(
+            self.command("apt-get")
+                .current_dir(&debs)
+                .arg("download")
+                .args(wanted),
+        )?;
+        sh::progress("unpacking");
+        for entry in fs::read_dir(&debs)? {
+            let path = entry?.path();
+            if path.extension() == Some(OsStr::new("deb")) {
+                sh::quiet(Command::new("dpkg-deb").arg("-x").arg(&path).arg(root))?;
+            }
+        }
+        fs::remove_dir_all(&debs)?;
+        Ok(())
+    }
+
     /// First package a metapackage depends on.
     fn dependency(&self, name: &str) -> Result<String> {
         let output = sh::quiet(self.command("apt-cache").arg("depends").arg(name))?;
@@ -264,36 +420,15 @@ fn download_and_unpack(base: &Path, root: &Path) -> Result<()> {
     }
     let apt = Apt::new(base)?;
     sh::progress("reading the package lists");
-    let update = apt.command("apt-get").arg("update").output()?;
-    // A third-party source that does not answer is of no concern if the packages are found.
-    let mut wanted = apt.closure(TOOLS).with_context(|| {
-        format!(
-            "apt-get update said: {}",
-            String::from_utf8_lossy(&update.stderr)
-        )
-    })?;
-    wanted.insert(apt.dependency(KERNEL)?);
+    let said = apt.update()?;
+    let mut wanted = apt
+        .closure(TOOLS)
+        .with_context(|| format!("apt-get update said: {said}"))?;
+    wanted.insert(apt.dependency(Flavour::Cloud.metapackage())?);
     wanted.extend(GUEST.iter().map(ToString::to_string));
 
     sh::progress(format_args!("fetching {} packages (80 MB)", wanted.len()));
-    let debs = base.join("debs");
-    sh::fresh(&debs)?;
-    fs::create_dir_all(&debs)?;
-    sh::quiet(
-        apt.command("apt-get")
-            .current_dir(&debs)
-            .arg("download")
-            .args(&wanted),
-    )?;
-
-    sh::progress("unpacking");
-    for entry in fs::read_dir(&debs)? {
-        let path = entry?.path();
-        if path.extension() == Some(OsStr::new("deb")) {
-            sh::quiet(Command::new("dpkg-deb").arg("-x").arg(&path).arg(root))?;
-        }
-    }
-    Ok(())
+    apt.unpack(&wanted, root)
 }
 
 fn kernel_release(root: &Path) -> Result<String> {

@@ -2,20 +2,18 @@
 //! in which `tests/guest` starts VMs. See docs/testing.md.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use anemone_guest_init::protocol::Line;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::build::{self, Binaries};
 use crate::disk::RootDisk;
 use crate::initramfs;
+use crate::journal::{self, Journal};
 use crate::packages::Packages;
 use crate::report::{Outcome, Verdict};
 use crate::sh;
@@ -26,10 +24,12 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// The scenario whose disk is looked at on the host after the outer guest has ended.
 const DEMO: &str = "demo";
 
+/// The program of the scenario `bare`.
+const BARE: &str = "anemone-bare";
+
 /// An outer guest, ready to boot.
 pub struct Rig<'a> {
     packages: &'a Packages,
-    runner: PathBuf,
     initramfs: PathBuf,
     folder: PathBuf,
 }
@@ -46,6 +46,7 @@ impl<'a> Rig<'a> {
             ("guest/kernel".to_string(), guest.kernel),
             ("guest/initramfs".to_string(), guest.initramfs),
             ("guest/root.img".to_string(), template.image),
+            (format!("bin/{BARE}"), build::program(BARE)?),
         ];
         for (name, path) in packages.with_libraries("qemu-storage-daemon")? {
             files.push((format!("qsd/{name}"), path));
@@ -57,36 +58,34 @@ impl<'a> Rig<'a> {
         initramfs::outer(&initramfs, packages, &runner, &files)?;
         Ok(Self {
             packages,
-            runner,
             initramfs,
             folder,
         })
-    }
-
-    /// Names of all scenarios with what they show.
-    pub fn scenarios(&self) -> Result<Vec<(String, String)>> {
-        scenarios(&self.runner)
     }
 
     /// Runs scenarios, in one outer boot if none hangs. Logs of what failed stay in
     /// `build/logs/rig`.
     pub fn run(&self, names: &[String]) -> Result<Vec<Outcome>> {
         let logs = sh::build_dir("logs/rig");
-        fs::create_dir_all(&logs)?;
         let mut outcomes = Vec::new();
         let mut left = names.to_vec();
         let mut boots_without_result = 0;
         while !left.is_empty() {
             let mut boot = Boot::start(self, &left, &logs)?;
             let hung = boot.follow()?;
-            let finished: BTreeSet<String> = boot.outcomes.iter().map(|o| o.name.clone()).collect();
+            let finished: BTreeSet<String> = boot
+                .journal
+                .outcomes
+                .iter()
+                .map(|o| o.name.clone())
+                .collect();
             left.retain(|name| !finished.contains(name));
             boots_without_result = if finished.is_empty() {
                 boots_without_result + 1
             } else {
                 0
             };
-            outcomes.append(&mut boot.outcomes);
+            outcomes.append(&mut boot.journal.outcomes);
             if left.is_empty() {
                 break;
             }
@@ -145,29 +144,18 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// Names of all scenarios with what they show, as the runner lists them.
-pub fn scenarios(runner: &Path) -> Result<Vec<(String, String)>> {
-    let listing = sh::quiet(Command::new(runner).arg("--list"))?;
-    Ok(String::from_utf8_lossy(&listing.stdout)
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .map(|(name, about)| (name.to_string(), about.to_string()))
-        .collect())
-}
-
 /// One boot of the outer guest.
 struct Boot<'a> {
     rig: &'a Rig<'a>,
     qemu: sh::Guarded,
-    lines: mpsc::Receiver<String>,
+    lines: Receiver<String>,
     disk: RootDisk,
-    logs: &'a Path,
-    running: Option<(String, File)>,
-    outcomes: Vec<Outcome>,
+    journal: Journal,
 }
 
 impl<'a> Boot<'a> {
-    fn start(rig: &'a Rig<'a>, names: &[String], logs: &'a Path) -> Result<Self> {
+    fn start(rig: &'a Rig<'a>, names: &[String], logs: &Path) -> Result<Self> {
+        let journal = Journal::new(logs)?;
         let disk = RootDisk::make(rig.packages, &rig.folder.join("root.img"))?;
         let cmdline = format!("rig.run={}", names.join(","));
         let mut command = rig.qemu(&disk.image, &cmdline)?;
@@ -181,18 +169,6 @@ impl<'a> Boot<'a> {
             .stderr(File::create(logs.join("qemu.log"))?);
         let mut qemu = sh::spawn(&mut command)?;
         let output = qemu.0.stdout.take().context("QEMU has no output")?;
-        let (sender, lines) = mpsc::channel();
-        thread::spawn(move || {
-            let mut reader = BufReader::new(output);
-            let mut line = Vec::new();
-            while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
-                let text = String::from_utf8_lossy(&line).trim_end().to_string();
-                if sender.send(text).is_err() {
-                    return;
-                }
-                line.clear();
-            }
-        });
         sh::progress(format_args!(
             "outer guest boots for {} scenarios",
             names.len()
@@ -200,11 +176,9 @@ impl<'a> Boot<'a> {
         Ok(Self {
             rig,
             qemu,
-            lines,
+            lines: journal::lines(output),
             disk,
-            logs,
-            running: None,
-            outcomes: Vec::new(),
+            journal,
         })
     }
 
@@ -214,7 +188,7 @@ impl<'a> Boot<'a> {
         loop {
             match self.lines.recv_timeout(SILENCE) {
                 Ok(text) => {
-                    if self.line(&text)? {
+                    if self.journal.line(&text)? {
                         break;
                     }
                 }
@@ -239,50 +213,15 @@ impl<'a> Boot<'a> {
     }
 
     fn place(&self) -> String {
-        match &self.running {
-            Some((name, _)) => format!("in scenario {name}"),
+        match self.journal.running() {
+            Some(name) => format!("in scenario {name}"),
             None => "while it booted".to_string(),
         }
     }
 
-    /// Takes one line; returns whether it was the last.
-    fn line(&mut self, text: &str) -> Result<bool> {
-        match Line::parse(text) {
-            Line::Tick => {}
-            Line::End => return Ok(true),
-            Line::Begin(name) => {
-                let log = File::create(self.logs.join(format!("{name}.log")))?;
-                sh::progress(format_args!("  {name} ..."));
-                self.running = Some((name, log));
-            }
-            Line::Pass(name, millis) => {
-                sh::progress(format_args!(
-                    "  {name} passed ({:.1} s)",
-                    millis as f64 / 1e3
-                ));
-                self.finish(&name, Verdict::Passed);
-            }
-            Line::Fail(name, why) => {
-                sh::progress(format_args!("  {name} FAILED: {why}"));
-                self.finish(&name, Verdict::Failed(why));
-            }
-            Line::Log(text) => {
-                if let Some((_, log)) = &mut self.running {
-                    writeln!(log, "{text}")?;
-                }
-            }
-        }
-        Ok(false)
-    }
-
-    fn finish(&mut self, name: &str, verdict: Verdict) {
-        self.running = None;
-        self.outcomes.push(Outcome::new(name, verdict));
-    }
-
     /// The host's part of the demonstration.
     fn verify_demo(&mut self) {
-        for outcome in &mut self.outcomes {
+        for outcome in &mut self.journal.outcomes {
             if outcome.name == DEMO
                 && outcome.verdict == Verdict::Passed
                 && let Err(error) = self.disk.verify(self.rig.packages)
@@ -291,19 +230,4 @@ impl<'a> Boot<'a> {
             }
         }
     }
-}
-
-/// The names of scenarios to run for a `vm-kvm` or `vm-kvm:NAME` request.
-pub fn select(all: &[(String, String)], wanted: &[String]) -> Result<Vec<String>> {
-    for name in wanted {
-        if !all.iter().any(|(known, _)| known == name) {
-            let known: Vec<_> = all.iter().map(|(n, _)| n.as_str()).collect();
-            bail!("no scenario {name}; there are {}", known.join(", "));
-        }
-    }
-    Ok(all
-        .iter()
-        .map(|(name, _)| name.clone())
-        .filter(|name| wanted.is_empty() || wanted.contains(name))
-        .collect())
 }

@@ -19,6 +19,15 @@ impl EventFd {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// A second descriptor of a counter that somebody else owns, non-blocking as that one is.
+    pub fn duplicate(fd: BorrowedFd<'_>) -> crate::Result<Self> {
+        let copy = fd.try_clone_to_owned();
+        copy.map(Self).map_err(|source| crate::Error::Os {
+            what: "dup",
+            source,
+        })
+    }
+
     /// Adds one. A counter that is full stays so: the reader has an event waiting all the same.
     pub fn signal(&self) {
         let one = 1u64.to_ne_bytes();

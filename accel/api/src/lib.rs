@@ -15,12 +15,16 @@
 //! cheaper. There is no interrupt controller with wires here. A machine that has an I/O APIC
 //! models it above this interface and sends [`MsiMessage`]s, which is what the I/O APIC does on the system bus.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod event;
+mod self_test;
 mod state;
 
 use std::os::fd::BorrowedFd;
 
 pub use event::EventFd;
+pub use self_test::{Verdict, self_test};
 pub use state::{DescriptorTable, LapicState, Msr, Regs, Segment, Sregs, VcpuEvents, VcpuState};
 use thiserror::Error;
 

@@ -7,7 +7,6 @@
 
 mod convert;
 mod cpuid;
-mod self_test;
 mod vcpu;
 
 use std::collections::BTreeMap;
@@ -25,7 +24,6 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
-pub use self_test::{Verdict, self_test};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Version of the KVM interface; it has not changed since 2007 and never will.

@@ -48,15 +48,6 @@ struct State {
     sent: BTreeMap<(u64, u32), u64>,
 }
 
-/// A second descriptor of an event counter that the machine owns.
-fn duplicate(fd: BorrowedFd<'_>) -> Result<EventFd> {
-    let copy = fd.try_clone_to_owned();
-    copy.map(EventFd::from).map_err(|source| Error::Os {
-        what: "dup",
-        source,
-    })
-}
-
 /// A virtual machine without a CPU.
 pub struct NoneVm {
     state: Arc<Shared>,
@@ -129,7 +120,7 @@ impl Vm for NoneVm {
         address: IoAddress,
         value: Option<u16>,
     ) -> Result<()> {
-        let event = duplicate(fd)?;
+        let event = EventFd::duplicate(fd)?;
         self.state.lock().doorbells.push((address, value, event));
         Ok(())
     }
@@ -157,7 +148,7 @@ impl Vm for NoneVm {
     }
 
     fn add_irqfd(&self, fd: BorrowedFd<'_>, route: Route) -> Result<()> {
-        let event = duplicate(fd)?;
+        let event = EventFd::duplicate(fd)?;
         self.state.lock().irqfds.insert(route, event);
         Ok(())
     }

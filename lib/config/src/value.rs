@@ -178,6 +178,8 @@ words! {
         Auto = "auto",
         /// Linux KVM.
         Kvm = "kvm",
+        /// A software CPU.
+        Soft = "soft",
         /// No CPU; a test drives the machine over a socket.
         None = "none",
     }

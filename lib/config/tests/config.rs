@@ -251,7 +251,7 @@ fn errors_of_the_file_name_line_found_and_allowed() {
         ("machine = \"pc\"", &["pc", "`virt-1`"]),
         ("memory = \"31M\"", &["31M", "from 32M to 1T"]),
         ("memory = 512", &["512", "from 32M to 1T"]),
-        ("accel = \"soft\"", &["soft", "`auto`, `kvm`, `none`"]),
+        ("accel = \"tcg\"", &["tcg", "`auto`, `kvm`, `soft`, `none`"]),
         ("cpus = \"1,model=486\"", &["486", "`host`"]),
         (
             "on-panic = \"explode\"",
@@ -315,6 +315,7 @@ fn contradictions_are_refused() {
         "console = \"file=\"",
         "serial = \"file=a,unix=b\"",
         "accel = \"kvm,socket=a\"",
+        "accel = \"soft,socket=a\"",
         "rng = \"rate=0\"",
         "rng = \"rate=1M,socket=a\"",
     ] {

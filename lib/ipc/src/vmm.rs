@@ -52,6 +52,8 @@ pub enum Accel {
         /// `/dev/kvm`.
         device: FdIndex,
     },
+    /// The VMM's own CPU.
+    Soft,
     /// No CPU: a test drives the machine through this stream socket.
     None {
         /// The driver's socket; absent for a `check`, where nothing runs.

@@ -142,6 +142,52 @@ fn no_memory_becomes_code_and_no_process_begins() {
     }
 }
 
+/// The VMM of a guest that resets inherits the supervisor's filter. With software CPUs it makes
+/// their code memory under it.
+#[test]
+fn the_supervisor_lets_a_vmm_map_code_only_for_software_cpus() {
+    for policy in load(&folder("supervisor")).unwrap() {
+        let program = program(&policy);
+        let answer = |rights: i32, flags: i32| {
+            let arguments = [0, 4096, rights as u64, flags as u64, 3, 0];
+            evaluate(&program, &Call::new(libc::SYS_mmap as u32, arguments))
+                & libc::SECCOMP_RET_ACTION_FULL
+        };
+        let code = libc::PROT_READ | libc::PROT_EXEC;
+        let wanted = match policy.name.as_str() {
+            "soft" => libc::SECCOMP_RET_ALLOW,
+            _ => libc::SECCOMP_RET_TRAP,
+        };
+        assert_eq!(answer(code, libc::MAP_SHARED), wanted, "{}", policy.name);
+        for (rights, flags) in [
+            (code | libc::PROT_WRITE, libc::MAP_SHARED),
+            (code, libc::MAP_PRIVATE),
+            (code, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+            (code, libc::MAP_SHARED | libc::MAP_ANONYMOUS),
+        ] {
+            let what = &policy.name;
+            assert_eq!(answer(rights, flags), libc::SECCOMP_RET_TRAP, "{what}");
+        }
+    }
+}
+
+/// What a VMM asks for after its guest has reset must pass the supervisor's filter too.
+#[test]
+fn the_supervisor_leaves_a_vmm_its_system_calls() {
+    let only_soft = ["epoll_create1", "epoll_ctl", "epoll_wait"];
+    let vmm = load(&folder("vmm")).unwrap();
+    let vmm = vmm.iter().find(|p| p.name == "main").unwrap().allowed();
+    for policy in load(&folder("supervisor")).unwrap() {
+        let allowed = policy.allowed();
+        let missing: Vec<_> = vmm
+            .iter()
+            .filter(|name| !allowed.contains(name))
+            .filter(|name| policy.name == "soft" || !only_soft.contains(name))
+            .collect();
+        assert!(missing.is_empty(), "{}: {missing:?}", policy.name);
+    }
+}
+
 /// Filters stack, so a rule that the first thread does not have is no rule.
 #[test]
 fn the_first_thread_has_the_rules_of_all() {

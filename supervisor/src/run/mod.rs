@@ -88,6 +88,13 @@ struct Host<'a> {
     signals: Signals,
 }
 
+impl Host<'_> {
+    fn start_vmm(&self) -> Result<Vmm, Error> {
+        let cpus = self.vm.config.cpus.count.get();
+        Vmm::start(&self.vmm_path, self.environment, Some(&self.accel), cpus)
+    }
+}
+
 /// The processes of the VM. Fields are dropped, and processes killed, in this order.
 struct Session<'a> {
     host: &'a Host<'a>,
@@ -159,7 +166,7 @@ impl<'a> Session<'a> {
         prepared: Vec<Prepared>,
         dump_to: Option<&'a Path>,
     ) -> Result<Self, Error> {
-        let vmm = Vmm::start(&host.vmm_path, host.environment)?;
+        let vmm = host.start_vmm()?;
         let mut backends = Vec::with_capacity(prepared.len());
         let mut connections = Vec::with_capacity(prepared.len());
         for part in prepared {
@@ -174,7 +181,7 @@ impl<'a> Session<'a> {
             }
             None => None,
         };
-        let session = Self {
+        let mut session = Self {
             host,
             vmm,
             backends,
@@ -189,14 +196,14 @@ impl<'a> Session<'a> {
         // All is open, and the children are busy: this costs the start no time. The tables are
         // written first, by a process that may still do so.
         if session.dump_to.is_none() {
-            jail::enter(host.vm.config.sandbox)?;
+            jail::enter(host.vm.config.sandbox, &host.accel)?;
         }
         Ok(session)
     }
 
-    fn configure(&self) -> Result<(), Error> {
+    fn configure(&mut self) -> Result<(), Error> {
         let vm = self.host.vm;
-        Wiring {
+        let sent = Wiring {
             vm,
             boot: &self.host.boot,
             accel: Some(&self.host.accel),
@@ -205,7 +212,12 @@ impl<'a> Session<'a> {
             serial: self.connections.get(vm.devices.len()),
             acpi_dump: self.dump_to.as_ref().map(|(_, file)| file),
         }
-        .send(&self.vmm.channel)
+        .send(&self.vmm.channel);
+        match sent {
+            // It has ended before it listened: how it did says more.
+            Err(Error::Channel(anemone_ipc::Error::Closed)) => Err(self.vmm.failure()),
+            other => other,
+        }
     }
 
     /// A new VMM process with new memory; the devices stay.
@@ -216,7 +228,7 @@ impl<'a> Session<'a> {
             sys::poll(&mut signals, Some(RESET_DELAY)).map_err(system("poll"))?;
         }
         self.host.boot.rewind()?;
-        self.vmm = Vmm::start(&self.host.vmm_path, self.host.environment)?;
+        self.vmm = self.host.start_vmm()?;
         for (backend, connection) in self.backends.iter().zip(&mut self.connections) {
             let old = connection.try_clone().map_err(system("dup"))?;
             *connection = backend.reconnect(old)?;
@@ -468,7 +480,7 @@ impl<'a> Session<'a> {
         }
         if let Some((folder, file)) = self.dump_to.take() {
             acpi_dump::write(file, folder)?;
-            jail::enter(self.host.vm.config.sandbox)?;
+            jail::enter(self.host.vm.config.sandbox, &self.host.accel)?;
         }
         self.vmm.channel.send(&ToVmm::Start, &[])?;
         self.phase = Phase::Running;

@@ -4,6 +4,7 @@
 //! - `vmm.script`: one line per start of the VMM, the last one for all further starts; its words
 //!   are the steps of [`vmm`].
 //! - `ID.script`: the steps of the device `ID`, see [`device`].
+//! - `self-test-ACCELERATOR.script`: why the accelerator cannot be used, if it cannot.
 //! - `NAME.log`: what the process called NAME was given.
 
 use std::env;
@@ -23,9 +24,14 @@ fn main() {
     let folder = program.parent().expect("a folder").to_owned();
     let args: Vec<String> = env::args().collect();
     if args[1] == "--self-test" {
-        let text = fs::read_to_string(folder.join("self-test.script")).unwrap_or_default();
+        let script = folder.join(format!("self-test-{}.script", args[2]));
+        let text = fs::read_to_string(script).unwrap_or_default();
         print!("{text}");
         exit(i32::from(!text.is_empty()));
+    }
+    if args[1] == "--cpu-models" {
+        println!("model-1\tthe first\tx,y\tkvm=?\tsoft=y");
+        exit(0);
     }
     // As the jail of a real child does.
     // SAFETY: no pointers.
@@ -36,7 +42,7 @@ fn main() {
     // SAFETY: the supervisor passes the control channel under this number; nothing else has it.
     let channel = Channel::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
     if program.ends_with("anemone-vmm") {
-        vmm(&folder, &channel);
+        vmm(&folder, &channel, &args);
     } else {
         device(&folder, &channel, &args);
     }
@@ -72,12 +78,14 @@ fn descriptors() -> String {
 /// Steps: `refuse:TEXT`, `ready`, `start` (wait for it), `power` (wait for the button),
 /// `shutdown`, `reset`, `panic`, `device-failed:ID`, `failed:TEXT`, `nonsense`, `kill:SIGNAL`,
 /// `exit:STATUS`, `hang`. After the last step it exits with 0.
-fn vmm(folder: &Path, channel: &Channel) {
+fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
     let start = fs::read_to_string(folder.join("vmm.log"))
         .unwrap_or_default()
         .matches("started")
         .count();
     note(folder, "vmm", &format!("started {}", descriptors()));
+    let soft_cpus = after(args, "--soft-cpus").unwrap_or_default();
+    note(folder, "vmm", &format!("soft-cpus {soft_cpus}"));
     let script = fs::read_to_string(folder.join("vmm.script")).expect("vmm.script");
     let lines: Vec<_> = script.lines().collect();
     let line = lines.get(start).or(lines.last()).expect("a line");
@@ -126,6 +134,7 @@ fn vmm(folder: &Path, channel: &Channel) {
     }
     let accel = match config.accel {
         Accel::Kvm { .. } => "kvm",
+        Accel::Soft => "soft",
         Accel::None { socket: Some(_) } => "none",
         Accel::None { socket: None } => "nothing",
     };

@@ -42,7 +42,10 @@ fn command_line() {
         ),
         (&["--disk", "a,id=x", "--disk", "b,id=x"], &["`x`", "twice"]),
         (&["--machine", "pc"], &["pc", "virt-1"]),
-        (&["--accel", "soft"], &["--accel", "`soft`", "`kvm`"]),
+        (
+            &["--accel", "tcg"],
+            &["--accel", "`tcg`", "`kvm`", "`soft`"],
+        ),
         (&["--accel", "none"], &["socket=PATH"]),
         (&["--on-panic", "shrug"], &["shrug", "restart"]),
         (&["--sandbox", "off"], &["off", "log"]),
@@ -256,12 +259,26 @@ fn programs_that_are_not_there() {
 #[test]
 fn accelerators() {
     let lab = Lab::new();
-    lab.write("self-test.script", "it emulates\x1b supervisor code\n");
+    lab.write("self-test-kvm.script", "it emulates\x1b supervisor code\n");
+    lab.write("self-test-soft.script", "no memory for\ncode\n");
     let outcome = lab.anemone(&["run", "--kernel", "kernel", "--console", "none"]);
     // With or without /dev/kvm, there is nothing for `auto`.
-    outcome.expect(2, &["no accelerator of this build", "kvm: "]);
-    if std::path::Path::new("/dev/kvm").exists() {
-        outcome.expect(2, &["kvm: it emulates  supervisor code", "--accel kvm"]);
+    outcome.expect(
+        2,
+        &[
+            "no accelerator of this build",
+            "\n  kvm: ",
+            "\n  soft: no memory for code",
+            "--accel NAME",
+        ],
+    );
+    if std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
+    {
+        outcome.expect(2, &["kvm: it emulates  supervisor code"]);
     }
     assert_eq!(lab.log("vmm"), "");
 }

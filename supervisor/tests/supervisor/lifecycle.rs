@@ -336,6 +336,80 @@ fn the_driver_keeps_its_connection() {
 }
 
 #[test]
+fn the_software_cpu() {
+    let lab = Lab::new();
+    lab.write("vmm.script", "ready start reset\nready start shutdown");
+    let soft = [
+        "run",
+        "--kernel",
+        "kernel",
+        "--console",
+        "none",
+        "--cpus",
+        "3",
+    ];
+    let outcome = lab.anemone(&[&soft[..], &["--accel", "soft"]].concat());
+    outcome.expect(0, &[]);
+    assert_eq!(
+        outcome.stderr, "",
+        "nothing to say about what was asked for"
+    );
+    // Each VMM process is told before it reads anything.
+    let vmm = lab.log("vmm");
+    assert_eq!(vmm.matches("soft-cpus 3\n").count(), 2, "{vmm}");
+    assert_eq!(vmm.matches("accel soft").count(), 2, "{vmm}");
+}
+
+#[test]
+fn auto_takes_the_software_cpu_where_kvm_is_of_no_use() {
+    let lab = Lab::new();
+    lab.write("self-test-kvm.script", "it emulates supervisor code\n");
+    let outcome = lab.anemone(&["run", "--kernel", "kernel", "--console", "none"]);
+    // Where /dev/kvm is not there, the reason is another.
+    outcome.expect(0, &["the accelerator is `soft`, because kvm: "]);
+    assert_eq!(outcome.stderr.lines().count(), 1, "{}", outcome.stderr);
+    let vmm = lab.log("vmm");
+    assert!(
+        vmm.contains("soft-cpus 1\n") && vmm.contains("accel soft"),
+        "{vmm}"
+    );
+
+    let lab = Lab::new();
+    let outcome = lab.anemone(&["run", "--kernel", "kernel", "--console", "none"]);
+    outcome.expect(0, &[]);
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+    let vmm = lab.log("vmm");
+    assert_eq!(vmm.contains("accel kvm"), kvm.is_ok(), "{vmm}");
+    assert_eq!(outcome.stderr.is_empty(), kvm.is_ok(), "{}", outcome.stderr);
+}
+
+#[test]
+fn cpu_models_by_accelerator() {
+    let outcome = Lab::new().anemone(&["cpu-models"]);
+    outcome.expect(0, &[]);
+    for part in ["model-1", "kvm: cannot be asked", "soft: lacks y"] {
+        assert!(outcome.stdout.contains(part), "{}", outcome.stdout);
+    }
+}
+
+#[test]
+fn check_builds_with_the_software_cpu_if_it_is_asked_for() {
+    let lab = Lab::new();
+    let check = [
+        "check", "--kernel", "kernel", "--accel", "soft", "--cpus", "2",
+    ];
+    lab.write("vmm.script", "ready start");
+    lab.anemone(&check).expect(0, &[]);
+    let vmm = lab.log("vmm");
+    assert!(
+        vmm.contains("soft-cpus 2\n") && vmm.contains("accel soft"),
+        "{vmm}"
+    );
+    lab.write("vmm.script", "refuse:lacks-avx2");
+    lab.anemone(&check).expect(2, &["lacks-avx2"]);
+}
+
+#[test]
 fn check_prints_a_configuration_and_the_machine() {
     let lab = Lab::new();
     sized(lab.path("a.img"), 1024);

@@ -73,6 +73,26 @@ step_readonly() {
     say "write refused"
 }
 
+# Fills 1.5 GiB, then numbers it every 64 MiB and reads the numbers back, when the last of them is
+# there: no part of memory is another one's twin.
+step_fill() {
+    mkdir -p /fill
+    mount -t tmpfs -o size=1600m none /fill || fail "cannot mount a tmpfs"
+    dd if=/dev/zero of=/fill/file bs=1M count=1536 2>/dev/null || fail "no 1536 MiB of memory"
+    part=0
+    while [ $part -lt 24 ]; do
+        printf "%04d" $part | dd of=/fill/file bs=64M seek=$part conv=notrunc 2>/dev/null
+        part=$((part + 1))
+    done
+    while [ $part -gt 0 ]; do
+        part=$((part - 1))
+        found=$(dd if=/fill/file bs=4 skip=$((part * 16777216)) count=1 2>/dev/null)
+        [ "$found" = "$(printf "%04d" $part)" ] || fail "part $part of memory holds $found"
+    done
+    umount /fill
+    say "filled 1536 MiB"
+}
+
 # Counts boots on the disk; ends the guest the second time.
 step_boots() {
     mkdir -p /disk
@@ -126,7 +146,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | boots | rng | button | shell) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | button | shell) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

@@ -1,5 +1,6 @@
 //! What `/proc` must show of every process of a running VM (proc(5)): a seccomp filter on each
-//! thread, no_new_privs, no capability, and no descriptor beyond those of its role.
+//! thread, no_new_privs, no capability, no descriptor beyond those of its role, and no code but the
+//! program's.
 
 use std::fs;
 use std::path::Path;
@@ -23,14 +24,6 @@ pub fn family(pid: u32) -> Vec<Process> {
         next += 1;
     }
     found.into_iter().filter_map(describe).collect()
-}
-
-/// All processes whose program's name starts with `prefix`.
-pub fn named(prefix: &str) -> Vec<Process> {
-    all_pids()
-        .filter_map(describe)
-        .filter(|p| p.program.starts_with(prefix))
-        .collect()
 }
 
 fn all_pids() -> impl Iterator<Item = u32> {
@@ -96,7 +89,28 @@ pub fn problems(process: &Process, files: &[&str]) -> Vec<String> {
         }
         Err(error) => found.push(format!("{program}: descriptors: {error}")),
     }
+    match fs::read_to_string(format!("/proc/{pid}/maps")) {
+        Ok(maps) => {
+            let foreign = foreign_code(program, &maps);
+            found.extend(foreign.map(|line| format!("{program}: executable memory: {line}")));
+        }
+        Err(error) => found.push(format!("{program}: memory: {error}")),
+    }
     found
+}
+
+/// Mappings that are executable and either writable too or not from the program's file. The VMM may
+/// have code that it made for software CPUs; it writes that through another mapping.
+fn foreign_code<'a>(program: &'a str, maps: &'a str) -> impl Iterator<Item = &'a str> {
+    maps.lines().filter(move |line| {
+        let mut fields = line.split_whitespace();
+        let rights = fields.nth(1).unwrap_or_default();
+        let path = fields.nth(3).unwrap_or_default();
+        let known = path.ends_with(&format!("/{program}"))
+            || matches!(path, "[vdso]" | "[vsyscall]")
+            || program == "anemone-vmm" && path == "/memfd:anemone-code";
+        rights.contains('x') && (rights.contains('w') || !known)
+    })
 }
 
 /// What the status of one thread must say.
@@ -165,6 +179,23 @@ mod tests {
         let free = jailed.replace("Seccomp:\t2", "Seccomp:\t0");
         let wrong: Vec<_> = status_problems(&free).collect();
         assert_eq!(wrong, ["Seccomp is 0, not 2"]);
+    }
+
+    #[test]
+    fn code_is_the_programs_own_and_never_writable() {
+        let text = "00400000-00500000 r-xp 00001000 fe:00 17 /bin/anemone-vmm\n";
+        let buffer =
+            "7f0000000000-7f0000100000 r-xs 00000000 00:01 9 /memfd:anemone-code (deleted)\n";
+        let heap = "7f0000200000-7f0000300000 rw-p 00000000 00:00 0\n";
+        let vdso = "7ffc00000000-7ffc00002000 r-xp 00000000 00:00 0 [vdso]\n";
+        let good = [text, buffer, heap, vdso].concat();
+        assert_eq!(foreign_code("anemone-vmm", &good).count(), 0);
+        let wrong = foreign_code("anemone-blk", &good).count();
+        assert_eq!(wrong, 2, "another program's text, and code that was made");
+        let both = buffer.replace("r-xs", "rwxs");
+        assert_eq!(foreign_code("anemone-vmm", &both).count(), 1);
+        let anonymous = heap.replace("rw-p", "r-xp");
+        assert_eq!(foreign_code("anemone-vmm", &anonymous).count(), 1);
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! What the first program of the nested rig's outer guest and xtask share: the lines of their
+//! What the program that runs scenarios and xtask share: where they run, the lines of their
 //! conversation, and the checks of a jailed process as `/proc` shows it.
 
 pub mod jail;
+pub mod place;
 pub mod protocol;

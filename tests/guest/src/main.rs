@@ -1,8 +1,12 @@
-//! First program of the outer guest of the nested-KVM rig: makes a system of it, runs the
-//! scenarios that the kernel command line names, and tells the host over the second serial port.
+//! Runs scenarios, and tells xtask about them in lines.
 //!
-//! `rig.run=a,b,c` names scenarios; `rig.interactive` gives the inner guest's shell on the first
-//! serial port instead. On a host, `--list` prints what there is.
+//! As the first program of the outer guest of the nested-KVM rig it makes a system of it, runs the
+//! scenarios that the kernel command line names (`rig.run=a,b,c`), and writes the lines to the
+//! second serial port. `rig.interactive` gives the inner guest's shell on the first serial port
+//! instead.
+//!
+//! On a host, `--list ACCELERATOR` prints what there is, and `NAME KEY=VALUE...` runs a scenario;
+//! the pairs say what is where, see [`Place`].
 
 mod probe;
 mod scenarios;
@@ -14,16 +18,18 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anemone_guest_init::place::Place;
 use anemone_guest_init::protocol::Line;
 
 fn main() {
     if std::process::id() != 1 {
-        list();
+        if let Err(error) = on_host() {
+            println!("{}", Line::Fail("host".into(), error.to_string()));
+        }
         return;
     }
     if let Err(error) = run() {
@@ -37,15 +43,31 @@ fn main() {
     }
 }
 
-fn list() {
-    for scenario in scenarios::ALL {
-        println!("{} {}", scenario.name, scenario.about);
+fn on_host() -> io::Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    match arguments.next().as_deref() {
+        None => Err(io::Error::other("no scenario is named")),
+        Some("--list") => {
+            let accel = arguments.next().unwrap_or_default();
+            for scenario in scenarios::ALL.iter().filter(|s| s.is_for(&accel)) {
+                println!("{} {}", scenario.name, scenario.about);
+            }
+            Ok(())
+        }
+        Some(name) => {
+            let place = Place::parse(arguments).map_err(io::Error::other)?;
+            sys::adopt_orphans()?;
+            run_scenario(&place, name);
+            println!("{}", Line::End);
+            Ok(())
+        }
     }
 }
 
 fn run() -> io::Result<()> {
     sys::make_file_tree()?;
     let cmdline = fs::read_to_string("/proc/cmdline")?;
+    let place = Place::rig();
     let interactive = cmdline.split_whitespace().any(|w| w == "rig.interactive");
     if !interactive {
         redirect_output("/dev/ttyS1")?;
@@ -53,7 +75,7 @@ fn run() -> io::Result<()> {
     sys::load_modules()?;
     fs::set_permissions("/dev/kvm", Permissions::from_mode(0o666))?;
     if interactive {
-        return shell();
+        return shell(&place);
     }
     thread::spawn(|| {
         loop {
@@ -66,17 +88,17 @@ fn run() -> io::Result<()> {
         .find_map(|word| word.strip_prefix("rig.run="))
         .unwrap_or_default();
     for name in names.split(',') {
-        run_scenario(name);
+        run_scenario(&place, name);
     }
     println!("{}", Line::End);
     Ok(())
 }
 
-fn run_scenario(name: &str) {
+fn run_scenario(place: &Place, name: &str) {
     println!("{}", Line::Begin(name.into()));
     let start = Instant::now();
     let result = match scenarios::ALL.iter().find(|s| s.name == name) {
-        Some(scenario) => (scenario.run)(),
+        Some(scenario) => (scenario.run)(place),
         None => Err("there is no such scenario".into()),
     };
     let result = result.and_then(|()| vm::expect_nothing_left());
@@ -104,24 +126,27 @@ fn redirect_output(path: &str) -> io::Result<()> {
 }
 
 /// The demonstration's guest with its console on the first serial port.
-fn shell() -> io::Result<()> {
-    vm::give_to_user(Path::new("/dev/vda"))?;
+fn shell(place: &Place) -> io::Result<()> {
+    vm::give_to_user(place, &place.disk)?;
     let port = OpenOptions::new()
         .read(true)
         .write(true)
         .open("/dev/ttyS0")?;
     let standard = || -> io::Result<Stdio> { Ok(OwnedFd::from(port.try_clone()?).into()) };
-    let mut command = vm::run_command(vm::USER, "console=hvc0 anemone.steps=uname,shell,poweroff");
+    let guest = place
+        .guests
+        .first()
+        .ok_or_else(|| io::Error::other("there is no guest"))?;
+    let mut command = vm::run_command(
+        place,
+        guest,
+        "console=hvc0 anemone.steps=uname,shell,poweroff",
+    );
     command
-        .args([
-            "--console",
-            "stdio",
-            "--disk",
-            "path=/dev/vda",
-            "--rng",
-            "--cpus",
-            "2",
-        ])
+        .args(["--console", "stdio", "--memory", "256M", "--cpus", "2"])
+        .arg("--disk")
+        .arg(format!("path={}", place.disk.display()))
+        .arg("--rng")
         .stdin(standard()?)
         .stdout(standard()?)
         .stderr(standard()?);

@@ -1,4 +1,5 @@
-//! What is tried in the outer guest: each scenario is one VM, or none.
+//! What is tried: each scenario is one VM, or none. They run in the outer guest of the nested rig
+//! and, with the software CPU, right on the host.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -6,116 +7,177 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anemone_guest_init::jail;
+use anemone_guest_init::place::Place;
 
 use crate::probe;
 use crate::vm::{self, Result, Vm};
 
 /// A scenario: its name, what it shows, and the function that runs it.
 pub struct Scenario {
-    /// Name on the outer kernel's command line.
+    /// Name by which it is asked for.
     pub name: &'static str,
     /// One line for the user.
     pub about: &'static str,
+    /// The only accelerator that it is for; any, if absent.
+    only: Option<&'static str>,
     /// Runs it.
-    pub run: fn() -> Result<()>,
+    pub run: fn(&Place) -> Result<()>,
 }
 
-/// All scenarios, in the order in which they run.
+impl Scenario {
+    const fn new(name: &'static str, about: &'static str, run: fn(&Place) -> Result<()>) -> Self {
+        Self {
+            name,
+            about,
+            only: None,
+            run,
+        }
+    }
+
+    /// The same for one accelerator only.
+    const fn only(self, accel: &'static str) -> Self {
+        Self {
+            only: Some(accel),
+            ..self
+        }
+    }
+
+    /// Whether it is for this accelerator.
+    pub fn is_for(&self, accel: &str) -> bool {
+        self.only.is_none_or(|only| only == accel)
+    }
+}
+
+/// All scenarios, in the order in which they run. Those for `soft` only need memory or guests
+/// that the rig has no room for.
 pub const ALL: &[Scenario] = &[
-    Scenario {
-        name: "rig",
-        about: "KVM works in the outer guest, tried without Anemone",
-        run: || probe::run_tiny_guest().map_err(|e| e.to_string()),
-    },
-    Scenario {
-        name: "cpus-1",
-        about: "one vCPU boots to user space and powers off through ACPI",
-        run: cpus_1,
-    },
-    Scenario {
-        name: "cpus-4",
-        about: "four vCPUs, started by root",
-        run: cpus_4,
-    },
-    Scenario {
-        name: "cpu-model",
-        about: "a frozen CPU model: the guest sees its features and no other",
-        run: cpu_model,
-    },
-    Scenario {
-        name: "demo",
-        about: "ext4 root disk on a block device, entropy, no legacy device",
-        run: demo,
-    },
-    Scenario {
-        name: "reboot-restart",
-        about: "a reboot starts the VM again; the disk is still there",
-        run: reboot_restart,
-    },
-    Scenario {
-        name: "reboot-stop",
-        about: "a reboot ends the VM if asked for",
-        run: reboot_stop,
-    },
-    Scenario {
-        name: "panic-stop",
-        about: "a kernel panic ends the VM with status 1 and is named",
-        run: panic_stop,
-    },
-    Scenario {
-        name: "panic-restart",
-        about: "a kernel panic starts the VM again if asked for",
-        run: panic_restart,
-    },
-    Scenario {
-        name: "disks-two",
-        about: "one disk copied to another, byte for byte",
-        run: disks_two,
-    },
-    Scenario {
-        name: "disk-readonly",
-        about: "a write to a read-only disk fails and changes nothing",
-        run: disk_readonly,
-    },
-    Scenario {
-        name: "console-pty",
-        about: "a shell on a pseudo-terminal",
-        run: console_pty,
-    },
-    Scenario {
-        name: "serial",
-        about: "kernel messages on the 16550 from the first line on",
-        run: serial,
-    },
-    Scenario {
-        name: "power-button",
-        about: "SIGTERM is the power button, and the guest powers off",
-        run: power_button,
-    },
-    Scenario {
-        name: "jail",
-        about: "every process of a running VM is in its jail",
-        run: jailed,
-    },
-    Scenario {
-        name: "device-dies",
-        about: "the VM ends with a message that names a killed device process",
-        run: device_dies,
-    },
-    Scenario {
-        name: "supervisor-dies",
-        about: "nothing outlives a killed supervisor",
-        run: supervisor_dies,
-    },
-    Scenario {
-        name: "foreign-disk",
-        about: "a disk served by qemu-storage-daemon over vhost-user",
-        run: foreign_disk,
-    },
+    Scenario::new(
+        "rig",
+        "KVM works in the outer guest, tried without Anemone",
+        |_| probe::run_tiny_guest().map_err(|e| e.to_string()),
+    )
+    .only("kvm"),
+    Scenario::new(
+        "bare",
+        "bare-metal guests find the CPU that the manuals describe",
+        bare,
+    )
+    .only("kvm"),
+    Scenario::new(
+        "cpus-1",
+        "one vCPU boots to user space and powers off through ACPI",
+        cpus_1,
+    ),
+    Scenario::new("cpus-4", "four vCPUs", cpus_4),
+    Scenario::new("memory-2g", "two GiB of memory, all of it used", memory_2g).only("soft"),
+    Scenario::new(
+        "kernel-amd64",
+        "Debian's kernel for all machines",
+        kernel_amd64,
+    )
+    .only("soft"),
+    Scenario::new("kernel-rt", "Debian's real-time kernel", kernel_rt).only("soft"),
+    Scenario::new(
+        "cpu-model-v1",
+        "CPU model x86-64-v1-1: its features and no other",
+        cpu_model_v1,
+    )
+    .only("soft"),
+    Scenario::new(
+        "cpu-model-v2",
+        "CPU model x86-64-v2-1: its features and no other",
+        cpu_model_v2,
+    ),
+    Scenario::new(
+        "cpu-model-v3",
+        "CPU model x86-64-v3-1: its features and no other",
+        cpu_model_v3,
+    )
+    .only("soft"),
+    Scenario::new(
+        "demo",
+        "ext4 root disk on a block device, entropy, no legacy device",
+        demo,
+    ),
+    Scenario::new(
+        "reboot-restart",
+        "a reboot starts the VM again; the disk is still there",
+        reboot_restart,
+    ),
+    Scenario::new(
+        "reboot-stop",
+        "a reboot ends the VM if asked for",
+        reboot_stop,
+    ),
+    Scenario::new(
+        "panic-stop",
+        "a kernel panic ends the VM with status 1 and is named",
+        panic_stop,
+    ),
+    Scenario::new(
+        "panic-restart",
+        "a kernel panic starts the VM again if asked for",
+        panic_restart,
+    ),
+    Scenario::new(
+        "disks-two",
+        "one disk copied to another, byte for byte",
+        disks_two,
+    ),
+    Scenario::new(
+        "disk-readonly",
+        "a write to a read-only disk fails and changes nothing",
+        disk_readonly,
+    ),
+    Scenario::new("console-pty", "a shell on a pseudo-terminal", console_pty),
+    Scenario::new(
+        "serial",
+        "kernel messages on the 16550 from the first line on",
+        serial,
+    ),
+    Scenario::new(
+        "power-button",
+        "SIGTERM is the power button, and the guest powers off",
+        power_button,
+    ),
+    Scenario::new(
+        "jail",
+        "every process of a running VM is in its jail",
+        jailed,
+    ),
+    Scenario::new(
+        "device-dies",
+        "the VM ends with a message that names a killed device process",
+        device_dies,
+    ),
+    Scenario::new(
+        "supervisor-dies",
+        "nothing outlives a killed supervisor",
+        supervisor_dies,
+    ),
+    Scenario::new(
+        "foreign-disk",
+        "a disk served by qemu-storage-daemon over vhost-user",
+        foreign_disk,
+    ),
 ];
 
-fn boots_with_cpus(user: u32, count: &str) -> Result<()> {
-    let mut vm = Vm::start_as(user, "uname,cpus,memory,irqs,poweroff", &["--cpus", count])?;
+/// What the guests find goes into the log.
+fn bare(place: &Place) -> Result<()> {
+    let program = place.programs.join("anemone-bare");
+    let status = Command::new(&program)
+        .args(["--accel", &place.accel])
+        .stdin(Stdio::null())
+        .status()
+        .map_err(|e| format!("{}: {e}", program.display()))?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(format!("{status}; the log names the checks")),
+    }
+}
+
+fn boots_with_cpus(place: &Place, count: &str) -> Result<()> {
+    let mut vm = Vm::start(place, "uname,cpus,memory,irqs,poweroff", &["--cpus", count])?;
     vm.expect_exit(0)?;
     vm.expect_said(&[
         &format!("guest: cpus {count}"),
@@ -124,39 +186,111 @@ fn boots_with_cpus(user: u32, count: &str) -> Result<()> {
     ])
 }
 
-fn cpus_1() -> Result<()> {
-    boots_with_cpus(vm::USER, "1")
+fn cpus_1(place: &Place) -> Result<()> {
+    boots_with_cpus(place, "1")
 }
 
-fn cpus_4() -> Result<()> {
-    boots_with_cpus(0, "4")
+fn cpus_4(place: &Place) -> Result<()> {
+    boots_with_cpus(place, "4")
 }
 
-fn cpu_model() -> Result<()> {
-    let mut vm = Vm::start("cpuinfo,poweroff", &["--cpus", "2,model=x86-64-v2-1"])?;
+/// The guest writes a file of 1.5 GiB in memory, which it could not in less, and reads it back.
+fn memory_2g(place: &Place) -> Result<()> {
+    let mut vm = Vm::start(place, "memory,fill,poweroff", &["--memory", "2G"])?;
     vm.expect_exit(0)?;
-    vm.expect_said(&["guest: cpu Anemone x86-64-v2-1 has", "guest: done"])?;
+    vm.expect_said(&["guest: filled 1536 MiB", "guest: done"])?;
+    let said = vm.said();
+    let kib: u64 = said
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("guest: memory ")?
+                .split(' ')
+                .next()?
+                .parse()
+                .ok()
+        })
+        .ok_or("the guest has not told its memory")?;
+    // The kernel keeps a few MiB for itself.
+    match (1_900 << 10..=2 << 20).contains(&kib) {
+        true => Ok(()),
+        false => Err(format!("the guest has {kib} KiB of memory")),
+    }
+}
+
+fn kernel_amd64(place: &Place) -> Result<()> {
+    kernel(place, "amd64", "-amd64")
+}
+
+fn kernel_rt(place: &Place) -> Result<()> {
+    kernel(place, "rt", "-rt-amd64")
+}
+
+/// A kernel other than the usual one does everything that a guest has a device for.
+fn kernel(place: &Place, name: &str, release: &str) -> Result<()> {
+    let guest = place.guest(name).ok_or("there is no such guest")?;
+    let image = place.scratch("kernel.img");
+    vm::copy_disk(place, &image)?;
+    let disk = format!("path={image}");
+    let mut vm = Vm::start_guest(
+        place,
+        guest,
+        "uname,cpus,disk,rng,irqs,poweroff",
+        &["--cpus", "2", "--memory", "512M", "--disk", &disk, "--rng"],
+    )?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&[
+        "guest: cpus 2",
+        "guest: payload verified",
+        "guest: disk written",
+        "guest: random bytes",
+        "guest: no legacy interrupt",
+        "guest: done",
+    ])?;
+    let said = vm.said();
+    let running = said.lines().find(|line| line.starts_with("guest: kernel "));
+    match running.is_some_and(|line| line.ends_with(release)) {
+        true => Ok(()),
+        false => Err(format!("the kernel is another one: {running:?}")),
+    }
+}
+
+/// What Linux shows of features of each level in `/proc/cpuinfo`.
+const LEVEL_2: &[&str] = &["sse4_2", "popcnt", "cx16", "lahf_lm", "rdtscp"];
+const LEVEL_3: &[&str] = &[
+    "avx", "avx2", "bmi1", "bmi2", "fma", "f16c", "abm", "movbe", "xsave", "fsgsbase", "smep",
+];
+/// What is in no model, though emulated and real processors have it.
+const IN_NONE: &[&str] = &["svm", "vmx", "smap", "pcid", "aes", "sha_ni", "avx512f"];
+
+fn cpu_model_v1(place: &Place) -> Result<()> {
+    cpu_model(place, "x86-64-v1-1", &[], &[LEVEL_2, LEVEL_3, IN_NONE])
+}
+
+fn cpu_model_v2(place: &Place) -> Result<()> {
+    cpu_model(place, "x86-64-v2-1", &[LEVEL_2], &[LEVEL_3, IN_NONE])
+}
+
+fn cpu_model_v3(place: &Place) -> Result<()> {
+    cpu_model(place, "x86-64-v3-1", &[LEVEL_2, LEVEL_3], &[IN_NONE])
+}
+
+fn cpu_model(place: &Place, model: &str, has: &[&[&str]], lacks: &[&[&str]]) -> Result<()> {
+    let cpus = format!("2,model={model}");
+    let mut vm = Vm::start(place, "cpuinfo,poweroff", &["--cpus", &cpus])?;
+    vm.expect_exit(0)?;
+    let name = format!("guest: cpu Anemone {model} has");
+    vm.expect_said(&[&name, "guest: done"])?;
     let said = vm.said();
     let flags = said
         .lines()
-        .find(|line| line.contains("x86-64-v2-1 has"))
+        .find(|line| line.contains(&name))
         .unwrap_or_default();
-    let has = |name: &str| flags.split_whitespace().any(|flag| flag == name);
-    let wanted = [
-        "sse4_2",
-        "popcnt",
-        "cx16",
-        "lahf_lm",
-        "rdtscp",
-        "x2apic",
-        "hypervisor",
-    ];
-    // The emulated processor of the outer guest has these.
-    let unwanted = ["avx", "avx2", "bmi1", "fma", "smep", "svm"];
-    let wrong: Vec<_> = wanted
-        .iter()
-        .filter(|name| !has(name))
-        .chain(unwanted.iter().filter(|name| has(name)))
+    let shows = |name: &str| flags.split_whitespace().any(|flag| flag == name);
+    let everywhere: &[&str] = &["sse2", "nx", "x2apic", "hypervisor"];
+    let missing = has.iter().chain([&everywhere]).copied().flatten();
+    let wrong: Vec<_> = missing
+        .filter(|name| !shows(name))
+        .chain(lacks.iter().copied().flatten().filter(|name| shows(name)))
         .collect();
     match wrong.is_empty() {
         true => Ok(()),
@@ -166,12 +300,14 @@ fn cpu_model() -> Result<()> {
     }
 }
 
-/// The host looks at the disk afterwards; here it is the outer guest's own disk.
-fn demo() -> Result<()> {
-    vm::give_to_user(Path::new("/dev/vda")).map_err(|e| format!("/dev/vda: {e}"))?;
+/// The disk is looked at from outside afterwards.
+fn demo(place: &Place) -> Result<()> {
+    let disk = place.disk.display();
+    vm::give_to_user(place, &place.disk).map_err(|e| format!("{disk}: {e}"))?;
     let mut vm = Vm::start(
+        place,
         "uname,disk,rng,irqs,poweroff",
-        &["--disk", "path=/dev/vda", "--rng"],
+        &["--disk", &format!("path={disk}"), "--rng"],
     )?;
     vm.expect_exit(0)?;
     vm.expect_said(&[
@@ -184,18 +320,20 @@ fn demo() -> Result<()> {
     ])
 }
 
-fn reboot_restart() -> Result<()> {
-    vm::copy_disk("/guest/root.img", "/tmp/boots.img")?;
+fn reboot_restart(place: &Place) -> Result<()> {
+    let image = place.scratch("boots.img");
+    vm::copy_disk(place, &image)?;
     let mut vm = Vm::start(
+        place,
         "boots",
-        &["--disk", "path=/tmp/boots.img", "--on-reboot", "restart"],
+        &["--disk", &format!("path={image}"), "--on-reboot", "restart"],
     )?;
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: boot number 1", "guest: boot number 2"])
 }
 
-fn reboot_stop() -> Result<()> {
-    let mut vm = Vm::start("reboot", &["--on-reboot", "stop"])?;
+fn reboot_stop(place: &Place) -> Result<()> {
+    let mut vm = Vm::start(place, "reboot", &["--on-reboot", "stop"])?;
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: reboot now"])?;
     if vm.said().matches("guest: steps").count() != 1 {
@@ -204,8 +342,8 @@ fn reboot_stop() -> Result<()> {
     Ok(())
 }
 
-fn panic_stop() -> Result<()> {
-    let mut vm = Vm::start("panic", &["--on-panic", "stop"])?;
+fn panic_stop(place: &Place) -> Result<()> {
+    let mut vm = Vm::start(place, "panic", &["--on-panic", "stop"])?;
     vm.expect_exit(1)?;
     vm.expect_said(&["guest: panic now"])?;
     expect_message(&vm, "panic")
@@ -221,9 +359,9 @@ fn expect_message(vm: &Vm, word: &str) -> Result<()> {
     }
 }
 
-fn panic_restart() -> Result<()> {
-    let vm = Vm::start("panic", &["--on-panic", "restart"])?;
-    let end = Instant::now() + vm::PATIENCE;
+fn panic_restart(place: &Place) -> Result<()> {
+    let vm = Vm::start(place, "panic", &["--on-panic", "restart"])?;
+    let end = Instant::now() + place.patience;
     while vm.said().matches("guest: steps").count() < 2 {
         if Instant::now() > end {
             return Err("the guest has not booted again".into());
@@ -233,37 +371,41 @@ fn panic_restart() -> Result<()> {
     Ok(())
 }
 
-fn disks_two() -> Result<()> {
-    let first = vm::make_disk("/tmp/first.img", 16 * 1024, 1)?;
-    vm::make_disk("/tmp/second.img", 16 * 1024, 2)?;
+fn disks_two(place: &Place) -> Result<()> {
+    let (from, to) = (place.scratch("first.img"), place.scratch("second.img"));
+    let first = vm::make_disk(place, &from, 16 * 1024, 1)?;
+    vm::make_disk(place, &to, 16 * 1024, 2)?;
     let mut vm = Vm::start(
+        place,
         "copy,poweroff",
         &[
             "--disk",
-            "path=/tmp/first.img,id=first",
+            &format!("path={from},id=first"),
             "--disk",
-            "path=/tmp/second.img,id=second",
+            &format!("path={to},id=second"),
         ],
     )?;
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: copied "])?;
-    vm::expect_content("/tmp/first.img", &first)?;
-    vm::expect_content("/tmp/second.img", &first)
+    vm::expect_content(&from, &first)?;
+    vm::expect_content(&to, &first)
 }
 
-fn disk_readonly() -> Result<()> {
-    let content = vm::make_disk("/tmp/readonly.img", 2048, 3)?;
+fn disk_readonly(place: &Place) -> Result<()> {
+    let image = place.scratch("readonly.img");
+    let content = vm::make_disk(place, &image, 2048, 3)?;
     let mut vm = Vm::start(
+        place,
         "readonly,poweroff",
-        &["--disk", "path=/tmp/readonly.img,readonly"],
+        &["--disk", &format!("path={image},readonly")],
     )?;
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: write refused"])?;
-    vm::expect_content("/tmp/readonly.img", &content)
+    vm::expect_content(&image, &content)
 }
 
-fn console_pty() -> Result<()> {
-    let mut vm = Vm::start("shell,poweroff", &["--console", "pty"])?;
+fn console_pty(place: &Place) -> Result<()> {
+    let mut vm = Vm::start(place, "shell,poweroff", &["--console", "pty"])?;
     vm.open_pty()?;
     vm.wait_for("guest: shell")?;
     // The sum shows that the answer is not the echo of what was typed.
@@ -274,16 +416,19 @@ fn console_pty() -> Result<()> {
     vm.expect_exit(0)
 }
 
-fn serial() -> Result<()> {
-    let mut command = vm::run_command(vm::USER, "console=ttyS0 anemone.steps=uname,poweroff");
-    command.args(["--console", "none", "--serial", "stdio"]);
-    let mut vm = Vm::spawn(command)?;
+fn serial(place: &Place) -> Result<()> {
+    let guest = place.guests.first().ok_or("there is no guest")?;
+    let mut command = vm::run_command(place, guest, "console=ttyS0 anemone.steps=uname,poweroff");
+    command
+        .args(["--memory", "256M"])
+        .args(["--console", "none", "--serial", "stdio"]);
+    let mut vm = Vm::spawn(place, command)?;
     vm.expect_exit(0)?;
     vm.expect_said(&["Linux version", "guest: kernel ", "guest: done"])
 }
 
-fn power_button() -> Result<()> {
-    let mut vm = Vm::start("button,poweroff", &[])?;
+fn power_button(place: &Place) -> Result<()> {
+    let mut vm = Vm::start(place, "button,poweroff", &[])?;
     vm.wait_for("guest: waiting for the power button")?;
     // The guest opens the event device just after it has said so; a press before that is lost
     // on a real machine as well.
@@ -293,18 +438,23 @@ fn power_button() -> Result<()> {
     vm.expect_said(&["guest: power button pressed", "guest: done"])
 }
 
-/// Arguments of a VM with one device of each kind.
-const ALL_DEVICES: &[&str] = &["--disk", "path=/tmp/held.img,id=held", "--rng"];
-
-fn holding() -> Result<Vm> {
-    vm::make_disk("/tmp/held.img", 2048, 4)?;
-    let vm = Vm::start("hold", ALL_DEVICES)?;
+/// A VM with one device of each kind, and its disk.
+fn holding(place: &Place) -> Result<(Vm, String)> {
+    let image = place.scratch("held.img");
+    vm::make_disk(place, &image, 2048, 4)?;
+    let disk = format!("path={image},id=held");
+    let vm = Vm::start(place, "hold", &["--disk", &disk, "--rng"])?;
     vm.wait_for("guest: holding")?;
-    Ok(vm)
+    Ok((vm, image))
 }
 
-fn jailed() -> Result<()> {
-    let vm = holding()?;
+fn jailed(place: &Place) -> Result<()> {
+    let (vm, image) = holding(place)?;
+    let guest = place.guests.first().ok_or("there is no guest")?;
+    let (kernel, initramfs) = (
+        guest.kernel.display().to_string(),
+        guest.initramfs.display().to_string(),
+    );
     let processes = vm.processes();
     let mut programs: Vec<_> = processes.iter().map(|p| p.program.as_str()).collect();
     programs.sort_unstable();
@@ -322,9 +472,9 @@ fn jailed() -> Result<()> {
         .iter()
         .flat_map(|p| {
             let files: &[&str] = match p.program.as_str() {
-                "anemone-blk" => &["/tmp/held.img"],
+                "anemone-blk" => &[&image],
                 // It starts the VM again after a reboot.
-                "anemone" => &["/tmp/held.img", "/guest/kernel", "/guest/initramfs"],
+                "anemone" => &[&image, &kernel, &initramfs],
                 _ => &[],
             };
             jail::problems(p, files)
@@ -336,59 +486,67 @@ fn jailed() -> Result<()> {
     Ok(())
 }
 
-fn device_dies() -> Result<()> {
-    let mut vm = holding()?;
+fn device_dies(place: &Place) -> Result<()> {
+    let (mut vm, _) = holding(place)?;
     let disk = vm.process("anemone-blk")?;
     crate::sys::kill(disk.pid as i32, libc::SIGKILL).map_err(|e| e.to_string())?;
     vm.expect_exit(1)?;
     expect_message(&vm, "held")
 }
 
-fn supervisor_dies() -> Result<()> {
-    let vm = holding()?;
+fn supervisor_dies(place: &Place) -> Result<()> {
+    let (vm, _) = holding(place)?;
     vm.signal(libc::SIGKILL)?;
     vm::expect_nothing_left()
 }
 
-fn foreign_disk() -> Result<()> {
-    let first = vm::make_disk("/tmp/foreign.img", 4096, 5)?;
-    vm::make_disk("/tmp/own.img", 4096, 6)?;
-    let mut server = Command::new("/qsd/lib64/ld-linux-x86-64.so.2")
-        .args(["--library-path", "/qsd/lib", "/qsd/bin/qemu-storage-daemon"])
-        .args(["--blockdev", "file,node-name=disk,filename=/tmp/foreign.img"])
-        .args([
-            "--export",
-            "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path=/tmp/qsd.sock",
-        ])
+fn foreign_disk(place: &Place) -> Result<()> {
+    let (image, socket) = (place.scratch("foreign.img"), place.scratch("qsd.sock"));
+    let first = vm::make_disk(place, &image, 4096, 5)?;
+    let (program, words) = place
+        .storage_daemon
+        .split_first()
+        .ok_or("there is no qemu-storage-daemon")?;
+    let mut server = Command::new(program)
+        .args(words)
+        .arg("--blockdev")
+        .arg(format!("file,node-name=disk,filename={image}"))
+        .arg("--export")
+        .arg(format!(
+            "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={socket}"
+        ))
         .stdin(Stdio::null())
         .spawn()
         .map_err(|e| format!("cannot start qemu-storage-daemon: {e}"))?;
-    let result = copy_from_foreign_disk(&first);
+    let result = copy_from_foreign_disk(place, &socket, &first);
     let _ = server.kill();
     let _ = server.wait();
     result
 }
 
-fn copy_from_foreign_disk(first: &[u8]) -> Result<()> {
-    let socket = Path::new("/tmp/qsd.sock");
+fn copy_from_foreign_disk(place: &Place, socket: &str, first: &[u8]) -> Result<()> {
+    let path = Path::new(socket);
     let end = Instant::now() + Duration::from_secs(60);
-    while !socket.exists() {
+    while !path.exists() {
         if Instant::now() > end {
             return Err("qemu-storage-daemon has made no socket".into());
         }
         thread::sleep(Duration::from_millis(50));
     }
-    vm::give_to_user(socket).map_err(|e| e.to_string())?;
+    vm::give_to_user(place, path).map_err(|e| e.to_string())?;
+    let image = place.scratch("own.img");
+    vm::make_disk(place, &image, 4096, 6)?;
     let mut vm = Vm::start(
+        place,
         "copy,poweroff",
         &[
             "--disk",
-            "socket=/tmp/qsd.sock,id=foreign",
+            &format!("socket={socket},id=foreign"),
             "--disk",
-            "path=/tmp/own.img,id=own",
+            &format!("path={image},id=own"),
         ],
     )?;
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: copied "])?;
-    vm::expect_content("/tmp/own.img", first)
+    vm::expect_content(&image, first)
 }

@@ -129,6 +129,13 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(pid, signal) }.into())
 }
 
+/// Makes this process the parent of processes below it that lose theirs, as the first process is
+/// of all (PR_SET_CHILD_SUBREAPER of prctl(2)).
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: the call takes numbers only.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }.into())
+}
+
 /// Collects processes that lost their parent and came to us. Only while no child of our own is
 /// being waited for.
 pub fn reap_orphans() {

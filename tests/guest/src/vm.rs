@@ -12,17 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anemone_guest_init::jail::{self, Process};
+use anemone_guest_init::place::{Guest, Place};
 
 use crate::sys;
 
 /// What a scenario says when it fails.
 pub type Result<T> = std::result::Result<T, String>;
-
-/// The user that VMs run as: root is never needed.
-pub const USER: u32 = 1000;
-
-/// Longest that anything may take: an inner boot is slow under emulation.
-pub const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Default)]
 struct Text {
@@ -98,27 +93,36 @@ pub struct Vm {
     output: Arc<Text>,
     console: Option<(File, Arc<Text>)>,
     readers: Vec<thread::JoinHandle<()>>,
+    patience: Duration,
 }
 
 impl Vm {
-    /// Starts `anemone run` with the inner guest and `arguments`, as an ordinary user.
-    pub fn start(steps: &str, arguments: &[&str]) -> Result<Self> {
-        Self::start_as(USER, steps, arguments)
+    /// Starts `anemone run` with the first of the place's guests and `arguments`.
+    pub fn start(place: &Place, steps: &str, arguments: &[&str]) -> Result<Self> {
+        let guest = place.guests.first().ok_or("there is no guest")?;
+        Self::start_guest(place, guest, steps, arguments)
     }
 
-    /// The same as a given user.
-    pub fn start_as(user: u32, steps: &str, arguments: &[&str]) -> Result<Self> {
+    /// The same with a given guest.
+    pub fn start_guest(
+        place: &Place,
+        guest: &Guest,
+        steps: &str,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let cmdline = format!("console=hvc0 anemone.steps={steps}");
-        let mut command = run_command(user, &cmdline);
-        if !arguments.contains(&"--console") {
-            command.args(["--console", "stdio"]);
+        let mut command = run_command(place, guest, &cmdline);
+        for (option, value) in [("--console", "stdio"), ("--memory", "256M")] {
+            if !arguments.contains(&option) {
+                command.args([option, value]);
+            }
         }
         command.args(arguments);
-        Self::spawn(command)
+        Self::spawn(place, command)
     }
 
     /// Starts a command that is a VM.
-    pub fn spawn(mut command: Command) -> Result<Self> {
+    pub fn spawn(place: &Place, mut command: Command) -> Result<Self> {
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -137,6 +141,7 @@ impl Vm {
             output,
             console: None,
             readers,
+            patience: place.patience,
         })
     }
 
@@ -148,7 +153,7 @@ impl Vm {
     /// Waits until the guest or a process of the VM has said something.
     pub fn wait_for(&self, text: &str) -> Result<()> {
         let source = self.console.as_ref().map_or(&self.output, |c| &c.1);
-        source.wait_for(text, PATIENCE)
+        source.wait_for(text, self.patience)
     }
 
     /// Everything that has been said so far.
@@ -172,7 +177,7 @@ impl Vm {
 
     /// Opens the pseudo-terminal that `anemone run --console pty` names.
     pub fn open_pty(&mut self) -> Result<()> {
-        self.output.wait_for("/dev/pts/", PATIENCE)?;
+        self.output.wait_for("/dev/pts/", self.patience)?;
         let said = self.output.snapshot();
         let at = said.find("/dev/pts/").unwrap_or(0);
         let path: String = said[at..]
@@ -208,7 +213,7 @@ impl Vm {
 
     /// Waits for the end, which must have this exit code.
     pub fn expect_exit(&mut self, code: i32) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + self.patience;
         let status = loop {
             if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
                 break status;
@@ -251,26 +256,33 @@ impl Drop for Vm {
     }
 }
 
-/// `anemone run` of the inner guest, for `user`, with a kernel command line of its own.
-pub fn run_command(user: u32, cmdline: &str) -> Command {
-    let mut command = Command::new("/bin/anemone");
+/// `anemone run` of a guest with a kernel command line of its own.
+pub fn run_command(place: &Place, guest: &Guest, cmdline: &str) -> Command {
+    let mut command = Command::new(place.programs.join("anemone"));
     command
-        .args(["run", "--accel", "kvm", "--memory", "256M"])
-        .args(["--kernel", "/guest/kernel", "--initrd", "/guest/initramfs"])
+        .args(["run", "--accel", &place.accel])
+        .arg("--kernel")
+        .arg(&guest.kernel)
+        .arg("--initrd")
+        .arg(&guest.initramfs)
         .args(["--cmdline", cmdline])
         .env_clear()
-        .uid(user)
-        .gid(user)
-        .current_dir("/tmp");
+        .current_dir(&place.scratch);
+    if let Some(user) = place.user {
+        command.uid(user).gid(user);
+    }
     command
 }
 
-/// Waits until no process of any VM is left.
+/// Waits until no process of any VM is left. Processes without a parent are this one's: it is the
+/// first of all, or has said that it takes them (`sys::adopt_orphans`).
 pub fn expect_nothing_left() -> Result<()> {
     let end = Instant::now() + Duration::from_secs(10);
+    let own = std::process::id();
     loop {
         sys::reap_orphans();
-        let left = jail::named("anemone");
+        let mut left = jail::family(own);
+        left.retain(|process| process.pid != own);
         if left.is_empty() {
             return Ok(());
         }
@@ -285,9 +297,9 @@ pub fn expect_nothing_left() -> Result<()> {
     }
 }
 
-/// Makes a file of `sectors` sectors of 512 bytes that belongs to [`USER`], each sector filled
-/// with its number and `seed`.
-pub fn make_disk(path: &str, sectors: u64, seed: u64) -> Result<Vec<u8>> {
+/// Makes a file of `sectors` sectors of 512 bytes that VMs may write, each sector filled with its
+/// number and `seed`.
+pub fn make_disk(place: &Place, path: &str, sectors: u64, seed: u64) -> Result<Vec<u8>> {
     let mut content = Vec::new();
     for sector in 0..sectors {
         for word in 0..64 {
@@ -295,17 +307,18 @@ pub fn make_disk(path: &str, sectors: u64, seed: u64) -> Result<Vec<u8>> {
             content.extend_from_slice(&value.to_le_bytes());
         }
     }
-    write_for_user(path, &content)?;
+    write_disk(place, path, &content)?;
     Ok(content)
 }
 
-/// Copies a file for [`USER`].
-pub fn copy_disk(from: &str, to: &str) -> Result<()> {
-    let content = std::fs::read(from).map_err(|e| format!("{from}: {e}"))?;
-    write_for_user(to, &content)
+/// Copies the place's root disk for VMs to write.
+pub fn copy_disk(place: &Place, to: &str) -> Result<()> {
+    let from = &place.template;
+    let content = std::fs::read(from).map_err(|e| format!("{}: {e}", from.display()))?;
+    write_disk(place, to, &content)
 }
 
-fn write_for_user(path: &str, content: &[u8]) -> Result<()> {
+fn write_disk(place: &Place, path: &str, content: &[u8]) -> Result<()> {
     let write = || {
         let mut file = OpenOptions::new()
             .write(true)
@@ -313,16 +326,19 @@ fn write_for_user(path: &str, content: &[u8]) -> Result<()> {
             .truncate(true)
             .open(path)?;
         file.write_all(content)?;
-        give_to_user(Path::new(path))
+        give_to_user(place, Path::new(path))
     };
     write().map_err(|e: std::io::Error| format!("{path}: {e}"))
 }
 
-/// Makes [`USER`] the owner.
-pub fn give_to_user(path: &Path) -> std::io::Result<()> {
+/// Makes the user that VMs run as the owner.
+pub fn give_to_user(place: &Place, path: &Path) -> std::io::Result<()> {
+    let Some(user) = place.user else {
+        return Ok(());
+    };
     let name = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: a NUL-terminated path.
-    if unsafe { libc::chown(name.as_ptr(), USER, USER) } != 0 {
+    if unsafe { libc::chown(name.as_ptr(), user, user) } != 0 {
         return Err(std::io::Error::last_os_error());
     }
     Ok(())

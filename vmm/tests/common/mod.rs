@@ -33,9 +33,14 @@ pub fn memfd(size: u64) -> File {
     file
 }
 
-/// The smallest kernel: an ELF executable with one segment of one instruction at 16 MiB.
+/// The smallest kernel, which halts.
 pub fn tiny_kernel() -> File {
-    let mut elf = vec![0u8; 0x1001];
+    kernel(&[0xF4])
+}
+
+/// An ELF executable with one segment of code at 16 MiB.
+pub fn kernel(code: &[u8]) -> File {
+    let mut elf = vec![0u8; 0x1000];
     elf[..16].copy_from_slice(b"\x7FELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
     put(16, &2u16.to_le_bytes()); // ET_EXEC
@@ -51,10 +56,10 @@ pub fn tiny_kernel() -> File {
     put(72, &0x1000u64.to_le_bytes()); // offset
     put(80, &0x100_0000u64.to_le_bytes()); // virtual address
     put(88, &0x100_0000u64.to_le_bytes()); // physical address
-    put(96, &1u64.to_le_bytes());
-    put(104, &1u64.to_le_bytes());
+    put(96, &(code.len() as u64).to_le_bytes());
+    put(104, &(code.len() as u64).to_le_bytes());
     put(112, &0x1000u64.to_le_bytes());
-    elf[0x1000] = 0xF4;
+    elf.extend_from_slice(code);
     let mut file = memfd(0);
     file.write_all(&elf).unwrap();
     file
@@ -85,25 +90,6 @@ impl Vmm {
         more: &[BorrowedFd<'_>],
         change: impl FnOnce(&mut VmConfig),
     ) -> (Self, FromVmm) {
-        let (ours, theirs) = pair().unwrap();
-        let theirs = theirs.into_fd();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_anemone-vmm"));
-        command
-            .args(["--control-fd", "3", "--parent-pid"])
-            .arg(std::process::id().to_string())
-            .stdin(Stdio::null());
-        let raw = theirs.as_raw_fd();
-        // SAFETY: dup2 is async-signal-safe; the descriptor is open in the child.
-        unsafe {
-            command.pre_exec(move || match libc::dup2(raw, CONTROL_FD) {
-                CONTROL_FD => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            });
-        }
-        let child = command.spawn().unwrap();
-        drop(theirs);
-        let (driver, driver_end) = UnixStream::pair().unwrap();
-        let (serial, serial_end) = UnixStream::pair().unwrap();
         let mut config = VmConfig {
             version: VERSION,
             machine: "virt-1".to_owned(),
@@ -123,6 +109,28 @@ impl Vmm {
             acpi_dump: None,
         };
         change(&mut config);
+        let (ours, theirs) = pair().unwrap();
+        let theirs = theirs.into_fd();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_anemone-vmm"));
+        command
+            .args(["--control-fd", "3", "--parent-pid"])
+            .arg(std::process::id().to_string())
+            .stdin(Stdio::null());
+        if let Accel::Soft = config.accel {
+            command.args(["--soft-cpus", &config.cpus.to_string()]);
+        }
+        let raw = theirs.as_raw_fd();
+        // SAFETY: dup2 is async-signal-safe; the descriptor is open in the child.
+        unsafe {
+            command.pre_exec(move || match libc::dup2(raw, CONTROL_FD) {
+                CONTROL_FD => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+        let child = command.spawn().unwrap();
+        drop(theirs);
+        let (driver, driver_end) = UnixStream::pair().unwrap();
+        let (serial, serial_end) = UnixStream::pair().unwrap();
         let (memory, kernel) = (memfd(config.memory), tiny_kernel());
         let mut fds = vec![
             driver_end.as_fd(),

@@ -2,12 +2,14 @@
 
 mod block;
 mod memory;
+mod soft;
 mod start;
 mod trace;
 mod vmm;
 
 pub use block::run as block;
 pub use memory::{of_family, run as memory};
+pub use soft::{Engine, Plan, run as soft};
 pub use start::run as start;
 pub use vmm::ours;
 

@@ -114,7 +114,7 @@ fn measure(trace: &Trace, vmm: &Vmm, samples: &mut Samples) -> Result<()> {
 }
 
 /// CPU time of a process with all threads, living and ended.
-fn cpu_millis(pid: u32) -> Option<f64> {
+pub(super) fn cpu_millis(pid: u32) -> Option<f64> {
     let mut clock = 0;
     // SAFETY: the pointer is to a live clock id.
     if unsafe { libc::clock_getcpuclockid(pid as i32, &raw mut clock) } != 0 {

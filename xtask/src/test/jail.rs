@@ -1,6 +1,6 @@
-//! The jail as the host sees it. A VM with one device of each kind runs a guest that only halts;
-//! `/proc` must show every process jailed, and forbidden system calls that are made *in* those
-//! processes must kill them. The second half needs root, for ptrace.
+//! The jail as the host sees it. With each accelerator, a VM with one device of each kind runs a
+//! guest that only halts; `/proc` must show every process jailed, and forbidden system calls that
+//! are made *in* those processes must kill them. The second half needs root, for ptrace.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,47 +36,86 @@ const FORBIDDEN: &[Call] = &[
         number: libc::SYS_execve,
         arguments: [0, 0, 0],
     },
+    Call {
+        name: "mmap",
+        number: libc::SYS_mmap,
+        arguments: [0, 4096, (libc::PROT_READ | libc::PROT_EXEC) as u64],
+    },
 ];
+
+/// What a thread of the software CPU may not do besides: it needs nothing of KVM.
+const NOT_FOR_SOFT: Call = Call {
+    name: "ioctl",
+    number: libc::SYS_ioctl,
+    arguments: [u64::MAX, KVM_RUN, 0],
+};
+/// KVM_RUN (linux/kvm.h).
+const KVM_RUN: u64 = 0xAE80;
+
+const VMM: &str = "anemone-vmm";
 
 /// Programs whose processes are looked at and injected into. The supervisor is trusted: it opens
 /// what the user names, and is not among them.
-const PROGRAMS: &[&str] = &[
-    "anemone-vmm",
-    "anemone-blk",
-    "anemone-console",
-    "anemone-rng",
-];
+const PROGRAMS: &[&str] = &[VMM, "anemone-blk", "anemone-console", "anemone-rng"];
 
-pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
-    if !PathBuf::from("/dev/kvm").exists() {
-        return Err(Missing("/dev/kvm, for a VM that runs".into()).into());
+pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
+    let wanted = |accel: &str| parts.is_empty() || parts.iter().any(|part| part == accel);
+    if let Some(part) = parts.iter().find(|p| !matches!(p.as_str(), "kvm" | "soft")) {
+        bail!("{part} is not an accelerator that runs a guest; there are kvm and soft");
+    }
+    if wanted("kvm") && !PathBuf::from("/dev/kvm").exists() {
+        return Err(Missing("/dev/kvm, for a VM that runs; jail:soft needs none".into()).into());
     }
     let product = context.product()?;
-    let setup = Setup::new(product)?;
-    let mut outcomes = vec![Outcome::of("proc", setup.looks_jailed())];
-    if !sh::is_root() {
-        let why = Missing("root, to make system calls in another process".into());
-        outcomes.push(Outcome::of("denials", Err(why.into())));
-        return Ok(outcomes);
-    }
-    for program in PROGRAMS {
-        for call in FORBIDDEN {
-            let name = format!("{program} cannot {}", call.name);
-            outcomes.push(Outcome::of(&name, setup.is_denied(program, *call, false)));
+    let mut outcomes = Vec::new();
+    for accel in ["kvm", "soft"] {
+        if wanted(accel) {
+            run_with(&Setup::new(product, accel)?, &mut outcomes);
         }
-    }
-    for call in FORBIDDEN {
-        let name = format!("a vCPU thread cannot {}", call.name);
-        outcomes.push(Outcome::of(
-            &name,
-            setup.is_denied("anemone-vmm", *call, true),
-        ));
     }
     Ok(outcomes)
 }
 
+fn run_with(setup: &Setup<'_>, outcomes: &mut Vec<Outcome>) {
+    let accel = setup.accel;
+    let name = format!("{accel}: proc");
+    outcomes.push(Outcome::of(&name, setup.looks_jailed()));
+    if !sh::is_root() {
+        let why = Missing("root, to make system calls in another process".into());
+        let name = format!("{accel}: denials");
+        outcomes.push(Outcome::of(&name, Err(why.into())));
+        return;
+    }
+    let mut denied = |who: &str, program: &str, call: Call, thread: Option<&str>| {
+        let name = format!("{accel}: {who} cannot {}", call.name);
+        let result = setup.is_denied(program, call, thread);
+        outcomes.push(Outcome::of(&name, result));
+    };
+    // The device processes do not know of accelerators.
+    let programs = if accel == "kvm" {
+        PROGRAMS
+    } else {
+        &PROGRAMS[..1]
+    };
+    for program in programs {
+        for call in FORBIDDEN {
+            denied(program, program, *call, None);
+        }
+    }
+    for call in FORBIDDEN {
+        denied("a vCPU thread", VMM, *call, Some("vcpu"));
+    }
+    if accel == "soft" {
+        denied("a vCPU thread", VMM, NOT_FOR_SOFT, Some("vcpu"));
+        for call in FORBIDDEN.iter().chain([&NOT_FOR_SOFT]) {
+            denied("the interrupt thread", VMM, *call, Some("irqfd"));
+        }
+    }
+}
+
 struct Setup<'a> {
     product: &'a Binaries,
+    accel: &'static str,
     kernel: PathBuf,
     disk: PathBuf,
     log: PathBuf,
@@ -84,12 +123,13 @@ struct Setup<'a> {
 }
 
 impl<'a> Setup<'a> {
-    fn new(product: &'a Binaries) -> Result<Self> {
+    fn new(product: &'a Binaries, accel: &'static str) -> Result<Self> {
         let folder = sh::fresh_dir("jail")?;
         let disk = folder.join("disk.img");
         fs::File::create(&disk)?.set_len(1 << 20)?;
         Ok(Self {
             product,
+            accel,
             kernel: tiny::kernel()?,
             disk,
             log: folder.join("console.log"),
@@ -100,7 +140,7 @@ impl<'a> Setup<'a> {
     fn start(&self) -> Result<Running> {
         let mut command = self.product.command("anemone");
         command
-            .args(["run", "--accel", "kvm", "--memory", "64M", "--rng"])
+            .args(["run", "--accel", self.accel, "--memory", "64M", "--rng"])
             .arg("--kernel")
             .arg(&self.kernel)
             .arg("--console")
@@ -121,7 +161,7 @@ impl<'a> Setup<'a> {
             let complete = PROGRAMS
                 .iter()
                 .all(|program| running.processes.iter().any(|p| p.program == *program));
-            if complete && running.vcpu_thread().is_ok() {
+            if complete && running.thread("vcpu").is_ok() {
                 // The last thread's filter is installed just before it waits.
                 thread::sleep(Duration::from_millis(100));
                 return Ok(running);
@@ -165,13 +205,13 @@ impl<'a> Setup<'a> {
         Ok(())
     }
 
-    fn is_denied(&self, program: &str, call: Call, vcpu: bool) -> Result<()> {
+    /// Makes the call on a thread whose name begins so, or on the first of the process.
+    fn is_denied(&self, program: &str, call: Call, thread: Option<&str>) -> Result<()> {
         let mut running = self.start()?;
         let process = running.process(program)?.clone();
-        let thread = if vcpu {
-            running.vcpu_thread()?
-        } else {
-            process.pid
+        let thread = match thread {
+            Some(name) => running.thread(name)?,
+            None => process.pid,
         };
         inject::must_be_killed(process.pid, thread, call)?;
         let status = sh::wait_limited(&mut running.child.0, Duration::from_secs(20))?;
@@ -217,17 +257,17 @@ impl Running {
             .with_context(|| format!("no process runs {program}"))
     }
 
-    /// A thread of the VMM that is named after a vCPU.
-    fn vcpu_thread(&self) -> Result<u32> {
-        let pid = self.process("anemone-vmm")?.pid;
+    /// A thread of the VMM whose name begins so.
+    fn thread(&self, beginning: &str) -> Result<u32> {
+        let pid = self.process(VMM)?.pid;
         for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
             let path = entry?.path();
             let name = fs::read_to_string(path.join("comm"))?;
-            if name.contains("cpu") {
+            if name.starts_with(beginning) {
                 let tid = path.file_name().unwrap_or_default().to_string_lossy();
                 return Ok(tid.parse()?);
             }
         }
-        bail!("the VMM has no vCPU thread")
+        bail!("the VMM has no thread {beginning}")
     }
 }

@@ -1,6 +1,7 @@
 //! `xtask test`: groups of tests, their verdicts, and the line that sums them up.
 
 mod badinput;
+mod bare;
 mod iasl;
 mod inject;
 mod interop;
@@ -8,6 +9,7 @@ mod jail;
 mod lint;
 mod unit;
 mod vm_kvm;
+mod vm_soft;
 
 use std::cell::OnceCell;
 use std::fmt;
@@ -15,6 +17,7 @@ use std::fmt;
 use anyhow::{Result, bail};
 
 use crate::build::{self, Binaries};
+use crate::journal;
 use crate::packages::{self, Packages};
 use crate::report::{Counts, Outcome, Verdict};
 use crate::sh;
@@ -50,13 +53,24 @@ const GROUPS: &[Group] = &[
     },
     Group {
         name: "jail",
-        about: "/proc of every process of a running VM; forbidden system calls made in them",
+        about: "/proc of every process of a running VM; forbidden system calls made in them; \
+                jail:ACCELERATOR for one",
         run: jail::run,
     },
     Group {
         name: "interop",
         about: "QEMU boots from our vhost-user-blk server",
         run: interop::run,
+    },
+    Group {
+        name: "vm-soft",
+        about: "whole VMs with stock kernels on the software CPU; vm-soft:NAME for one scenario",
+        run: vm_soft::run,
+    },
+    Group {
+        name: "bare",
+        about: "bare-metal guests on the software CPU; bare:NAME for one; vm-kvm:bare on KVM",
+        run: bare::run,
     },
     Group {
         name: "vm-kvm",
@@ -105,12 +119,16 @@ impl Context {
     }
 }
 
-/// Prints the groups, and the scenarios of the nested rig.
+/// Prints the groups, and the scenarios of whole VMs.
 pub fn list() -> Result<()> {
     for group in GROUPS {
         println!("{:<10} {}", group.name, group.about);
     }
-    for (name, about) in crate::rig::scenarios(&build::guest_runner()?)? {
+    let runner = build::guest_runner()?;
+    for (name, about) in vm_soft::scenarios(&runner)? {
+        println!("  vm-soft:{name:<16} {about}");
+    }
+    for (name, about) in journal::scenarios(&runner, "kvm")? {
         println!("  vm-kvm:{name:<16} {about}");
     }
     Ok(())

@@ -10,8 +10,8 @@
 //!
 //! [`Memory`] holds the slots, [`Mmu`] is one vCPU's way to them. An access either happens as a
 //! whole, or ends in a [`Fault`] and has changed nothing but accessed and dirty flags, as on
-//! hardware. Segmentation, canonical addresses and alignment checks come before and are the
-//! caller's; in 32-bit modes the caller cuts linear addresses to 32 bits.
+//! hardware. Segmentation and alignment checks come before and are the caller's; in 32-bit modes
+//! the caller cuts linear addresses to 32 bits.
 //!
 //! # The engine's duties
 //! - Look at the attention word between blocks and call [`Mmu::poll`] when a bit of
@@ -43,7 +43,7 @@ mod walk;
 
 use std::ops::Range;
 
-pub use mmu::{Fetched, Invpcid, Mmu, ReservedPdpte, Statistics};
+pub use mmu::{Fetched, Invpcid, Mmu, ReservedPdpte, Statistics, bus_pieces};
 pub use physical::{ATTENTION_MMU, CodeWatch, Memory, PAGE_SIZE, SlotError};
 pub use raw::{Atomic, Value};
 pub use tlb::{Level1, SETS, Set};
@@ -83,6 +83,8 @@ pub enum Fault {
         /// Error code.
         code: u32,
     },
+    /// In long mode: bits 63:47 of the address are not equal. #GP(0), or #SS(0) for the stack.
+    NonCanonical,
     /// Not all of it is memory (or, for a write, writable memory). Translation and rights are good.
     Mmio(Mmio),
 }

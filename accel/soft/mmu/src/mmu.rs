@@ -9,7 +9,9 @@ use anemone_accel_api::Bus;
 use crate::physical::{ATTENTION_MMU, Map, Member, Memory, PAGE_SIZE, RELOAD, WriteKind};
 use crate::raw::{Atomic, Value};
 use crate::tlb::{Level1, Level2, PARKED_ID, level1_id};
-use crate::walk::{Features, Mode, Paging, Stop, Translation, Walker, cr0, cr4, efer};
+use crate::walk::{
+    Features, Mode, Paging, Stop, Translation, Walker, cr0, cr4, efer, is_canonical,
+};
 use crate::{Access, Context, Fault, Mmio};
 
 /// A PDPTE that CR3 points at has a reserved bit set: the register write raises #GP(0) (SDM
@@ -318,6 +320,9 @@ impl Mmu {
         context: Context,
     ) -> Result<Translation, Fault> {
         self.statistics.misses += 1;
+        if self.walker.paging.efer & efer::LMA != 0 && !is_canonical(linear) {
+            return Err(Fault::NonCanonical);
+        }
         if let Some(t) = self.level2.find(linear, self.space)
             && (access != Access::Write || t.dirty)
             && self.walker.permits(&t, access, context)
@@ -388,6 +393,37 @@ impl Mmu {
             // drops the entry; the access lies within the page.
             Some(host) => Ok(unsafe { T::read(pointer(host)) }),
             None => self.load_slow(linear, context),
+        }
+    }
+
+    /// The host address of an access that the first-level TLB answers: a translated page with the
+    /// rights, in which the access lies as a whole. For [`Access::Write`] the page holds no code.
+    ///
+    /// The pointer is good until this vCPU's next call of [`poll`](Self::poll),
+    /// [`park`](Self::park) or anything that may do so.
+    #[inline(always)]
+    pub fn hit(
+        &self,
+        access: Access,
+        context: Context,
+        linear: u64,
+        size: usize,
+    ) -> Option<*mut u8> {
+        self.level1
+            .lookup(access, context, linear, size)
+            .map(pointer)
+    }
+
+    /// Stores a value if the first-level TLB answers; false, and nothing done, if it does not.
+    #[inline(always)]
+    pub fn store_hit<T: Value>(&mut self, linear: u64, value: T, context: Context) -> bool {
+        match self.level1.lookup(Access::Write, context, linear, T::SIZE) {
+            Some(host) => {
+                // SAFETY: as in `store`.
+                unsafe { T::write(pointer(host), value) };
+                true
+            }
+            None => false,
         }
     }
 
@@ -486,6 +522,10 @@ impl Mmu {
     ) -> Result<Mmio, Fault> {
         let length = PAGE_SIZE - linear % PAGE_SIZE;
         let next = self.next_page(linear);
+        // Before a page fault of the first half.
+        if self.walker.paging.efer & efer::LMA != 0 && !is_canonical(next) {
+            return Err(Fault::NonCanonical);
+        }
         let physical = self.translation(linear, access, context)?.physical | linear & 0xFFF;
         let rest = self.translation(next, access, context)?.physical;
         Ok(Mmio {
@@ -679,11 +719,12 @@ impl Drop for Mmu {
     }
 }
 
-/// Splits a bus access into naturally aligned ones of 1, 2, 4 or 8 bytes.
-fn bus_pieces(physical: u64, length: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
+/// Splits a bus access into naturally aligned ones of 1, 2, 4 or 8 bytes: address, and the bytes of
+/// the access that lie there.
+pub fn bus_pieces(physical: u64, length: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {
-        let at = physical + done as u64;
+        let at = physical.wrapping_add(done as u64);
         let size = [8, 4, 2, 1]
             .into_iter()
             .find(|&n| at.is_multiple_of(n as u64) && n <= length - done)?;

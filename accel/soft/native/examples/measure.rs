@@ -54,23 +54,27 @@ fn main() -> Result<(), CreateError> {
     });
 
     let mut cpu = NativeCpu::new(1 << 16)?;
-    let forms: [(&str, &[u8]); 7] = [
+    let forms: [(&str, &[u8]); 11] = [
+        ("thunk: vmovdqu ymm0, [rax]", &[0xc5, 0xfe, 0x6f, 0x00]),
+        ("thunk: vmovdqu xmm0, [rax]", &[0xc5, 0xfa, 0x6f, 0x00]),
+        ("thunk: movaps xmm0, [rax]", &[0x0f, 0x28, 0x00]),
         ("thunk: paddd xmm0, xmm1", &[0x66, 0x0f, 0xfe, 0xc1]),
         ("thunk: paddd xmm0, [rax]", &[0x66, 0x0f, 0xfe, 0x00]),
         ("thunk: vpaddd ymm0, ymm1, ymm2", &[0xc5, 0xf5, 0xfe, 0xc2]),
         (
-            "thunk: addsd xmm0, xmm1 (with MXCSR)",
+            "thunk: addsd xmm0, xmm1 (MXCSR resident)",
             &[0xf2, 0x0f, 0x58, 0xc1],
         ),
         (
-            "thunk: vfmadd231ps ymm0, ymm1, ymm2 (with MXCSR)",
+            "thunk: vfmadd231ps ymm0, ymm1, ymm2 (MXCSR resident)",
             &[0xc4, 0xe2, 0x75, 0xb8, 0xc2],
         ),
         (
             "thunk: andn eax, ecx, edx (with flags)",
             &[0xc4, 0xe2, 0x70, 0xf2, 0xc2],
         ),
-        ("thunk: fadd st0, st1 (x87 resident)", &[0xd8, 0xc1]),
+        ("thunk: fld1 (x87 resident)", &[0xd9, 0xe8]),
+        ("thunk: fadd st0, st0 (x87 resident)", &[0xd8, 0xc0]),
     ];
     for (name, bytes) in forms {
         let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();

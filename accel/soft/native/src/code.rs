@@ -16,6 +16,9 @@ struct Mapping {
     len: usize,
 }
 
+// SAFETY: a mapping belongs to the process, and the value is its only owner.
+unsafe impl Send for Mapping {}
+
 impl Mapping {
     fn new(fd: &OwnedFd, len: usize, protection: libc::c_int) -> io::Result<Self> {
         // SAFETY: a fresh shared mapping at an address that the kernel chooses.

@@ -13,7 +13,7 @@ use crate::code::{CodeBuffer, serialize};
 use crate::fault::{self, WINDOW, Window};
 use crate::form::{Form, X87};
 use crate::state::{
-    FCW, FDP, FIP, FOP, FSW, MXCSR, MXCSR_MASK, SCRATCH_SIZE, UserState, XMM, XSAVE_SIZE,
+    FCW, FDP, FIP, FOP, FSW, MXCSR, MXCSR_MASK, SCRATCH_SIZE, ST, UserState, XMM, XSAVE_SIZE,
     XSTATE_BV, XsaveArea, YMM_HIGH,
 };
 use crate::thunk::Plan;
@@ -82,14 +82,14 @@ impl Location {
 }
 
 /// A native function for one instruction. A copy can be kept with the decoded instruction; it is
-/// good until [`NativeCpu::flush`], after which running it answers [`Fault::Stale`].
-#[derive(Clone, Copy, Debug)]
+/// good until [`NativeCpu::flush`], after which running it answers [`Fault::Stale`] until
+/// [`NativeCpu::renew`].
+#[derive(Clone, Debug)]
 pub struct Thunk {
-    entry: *const u8,
-    generation: u64,
-    /// May meet an x87 exception; may meet a SIMD one.
-    x87: bool,
-    simd: bool,
+    entry: Cell<*const u8>,
+    generation: Cell<u64>,
+    /// [`needs`] bits.
+    needs: u8,
     guest: u16,
     fault: u16,
     form: Form,
@@ -101,6 +101,31 @@ impl Thunk {
         &self.form
     }
 }
+
+/// What must be so for a thunk to be entered without further ado.
+mod needs {
+    use crate::form::{Form, X87};
+
+    /// The CPU's MXCSR is the guest's, with all exceptions masked.
+    pub const SIMD: u8 = 1 << 0;
+    /// The CPU's x87 registers are the guest's, and no exception can be raised.
+    pub const X87: u8 = 1 << 1;
+    /// Something is to be done afterwards. Never met.
+    pub const MORE: u8 = 1 << 2;
+
+    pub fn of(form: &Form) -> u8 {
+        let x87 = match form.x87 {
+            X87::No => 0,
+            X87::Plain => X87,
+            _ => X87 | MORE,
+        };
+        x87 | if form.simd_float { SIMD } else { 0 }
+    }
+}
+
+/// Bits of FCW that can be changed, and the one that is always set.
+const FCW_DEFINED: u16 = 0x1f3f;
+const FCW_FIXED: u16 = 0x40;
 
 /// Generations are unique in the process, so a thunk of another cache never passes for an own one.
 static GENERATION: AtomicU64 = AtomicU64::new(1);
@@ -136,7 +161,10 @@ pub struct NativeCpu {
     encoder: Encoder,
     generation: u64,
     flushes: u64,
+    /// The x87 registers are the guest's.
     resident: bool,
+    /// [`needs`] that are met.
+    ready: u8,
     fop: u16,
     fip: u64,
     fdp: u64,
@@ -151,11 +179,18 @@ impl NativeCpu {
     /// # Errors
     /// No XSAVE, a second CPU on this thread, no memory for code.
     pub fn new(code_size: usize) -> Result<Self, CreateError> {
+        Self::with_code(CodeBuffer::new(code_size)?)
+    }
+
+    /// The same with code memory that exists, for a thread whose jail lets it make none.
+    ///
+    /// # Errors
+    /// No XSAVE, a second CPU on this thread.
+    pub fn with_code(code: CodeBuffer) -> Result<Self, CreateError> {
         if !is_x86_feature_detected!("xsave") {
             return Err(CreateError::NoXsave);
         }
         fault::install()?;
-        let code = CodeBuffer::new(code_size)?;
         if OCCUPIED.replace(true) {
             return Err(CreateError::Occupied);
         }
@@ -167,6 +202,7 @@ impl NativeCpu {
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
             flushes: 0,
             resident: false,
+            ready: 0,
             fop: 0,
             fip: 0,
             fdp: 0,
@@ -186,7 +222,7 @@ impl NativeCpu {
         let plan = Plan::new(instruction, form)?;
         let key = plan.key(&mut self.encoder)?;
         if let Some(thunk) = self.cache.get(&key) {
-            return Ok(*thunk);
+            return Ok(thunk.clone());
         }
         let code = plan.emit(&mut self.encoder)?;
         let offset = match self.code.append(&code.bytes) {
@@ -199,16 +235,26 @@ impl NativeCpu {
             }
         };
         let thunk = Thunk {
-            entry: self.code.address(offset),
-            generation: self.generation,
-            x87: form.uses_x87(),
-            simd: form.simd_float,
+            entry: Cell::new(self.code.address(offset)),
+            generation: Cell::new(self.generation),
+            needs: needs::of(&form),
             guest: code.guest as u16,
             fault: code.fault as u16,
             form,
         };
-        self.cache.insert(key, thunk);
+        self.cache.insert(key, thunk.clone());
         Ok(thunk)
+    }
+
+    /// Builds the code of a stale thunk of `instruction` again.
+    ///
+    /// # Errors
+    /// As [`NativeCpu::thunk`]; not if there was a thunk before and `instruction` is the same.
+    pub fn renew(&mut self, thunk: &Thunk, instruction: &Instruction) -> Result<(), Unsupported> {
+        let new = self.thunk(instruction)?;
+        thunk.entry.swap(&new.entry);
+        thunk.generation.swap(&new.generation);
+        Ok(())
     }
 
     /// Drops all thunks.
@@ -247,17 +293,32 @@ impl NativeCpu {
         memory: *mut u8,
         at: Location,
     ) -> Result<Completed, Fault> {
-        if thunk.generation != self.generation {
+        // With all exceptions masked, as nearly always, nothing faults.
+        // SAFETY: as promised by the caller.
+        if unsafe { self.run_at_once(thunk, memory) } {
+            return Ok(Completed { stored: true });
+        }
+        if thunk.generation.get() != self.generation {
             return Err(Fault::Stale);
         }
-        // With all exceptions masked, as nearly always, SIMD instructions cannot fault.
-        if thunk.x87 || (thunk.simd && self.mxcsr() & MXCSR_RESET != MXCSR_RESET) {
-            // SAFETY: as promised by the caller.
-            return unsafe { self.run_special(thunk, memory, at) };
+        // SAFETY: as promised by the caller.
+        unsafe { self.run_special(thunk, memory, at) }
+    }
+
+    /// As [`run`](Self::run) for the thunks of vector and general-purpose instructions when nothing
+    /// stands in the way. False, and nothing done, if something does: then `run` does it, or tells why
+    /// not.
+    ///
+    /// # Safety
+    /// As [`NativeCpu::run`].
+    #[inline(always)]
+    pub unsafe fn run_at_once(&mut self, thunk: &Thunk, memory: *mut u8) -> bool {
+        let ready = thunk.generation.get() == self.generation && thunk.needs & !self.ready == 0;
+        if ready {
+            // SAFETY: the generation shows that the entry is code of this cache; memory is as promised.
+            unsafe { self.call(thunk, memory) };
         }
-        // SAFETY: the generation shows that the entry is code of this cache; memory is as promised.
-        unsafe { self.call(thunk, memory) };
-        Ok(Completed { stored: true })
+        ready
     }
 
     /// Runs an instruction on [`NativeCpu::scratch`] in place of its memory operand: the caller puts
@@ -290,42 +351,80 @@ impl NativeCpu {
         // System V calling convention and touches only the state block and the operand.
         unsafe {
             let function: extern "sysv64" fn(*mut UserState, *mut u8) -> u32 =
-                std::mem::transmute(thunk.entry);
+                std::mem::transmute(thunk.entry.get());
             function(state, memory)
         }
     }
 
+    /// What an instruction needs beyond its thunk: registers of the CPU loaded with the guest's
+    /// state, exceptions caught, the x87 environment.
+    ///
     /// # Safety
     /// As [`NativeCpu::run`], with the generation checked.
+    #[inline(never)]
     unsafe fn run_special(
         &mut self,
         thunk: &Thunk,
         memory: *mut u8,
         at: Location,
     ) -> Result<Completed, Fault> {
-        let mut image = [0; SCRATCH_SIZE];
-        let size = thunk
-            .form
-            .memory
-            .map_or(0, |operand| usize::from(operand.size));
-        // FNSTENV and FNSAVE store the address of the thunk, which other guest CPUs must not see even
-        // for a moment: they work on a copy.
-        let operand = if thunk.form.x87 == X87::Store {
-            image.as_mut_ptr()
-        } else {
-            memory
-        };
         if thunk.form.uses_x87() {
             self.load_x87();
         }
-        let entry = thunk.entry as usize;
+        if thunk.form.simd_float {
+            self.load_mxcsr();
+        }
+        if thunk.needs & !self.ready & !needs::MORE != 0 {
+            // SAFETY: as promised by the caller.
+            return unsafe { self.run_guarded(thunk, memory, at) };
+        }
+        if thunk.form.x87 == X87::Store {
+            // SAFETY: as promised by the caller.
+            unsafe { self.run_store(thunk, memory) };
+        } else {
+            // SAFETY: as promised by the caller.
+            unsafe { self.call(thunk, memory) };
+        }
+        // SAFETY: as promised by the caller.
+        unsafe { self.after(thunk, memory, at) };
+        Ok(Completed { stored: true })
+    }
+
+    /// Runs a thunk that may raise an exception.
+    ///
+    /// # Safety
+    /// As [`NativeCpu::run_special`], with the CPU's registers loaded.
+    unsafe fn run_guarded(
+        &mut self,
+        thunk: &Thunk,
+        memory: *mut u8,
+        at: Location,
+    ) -> Result<Completed, Fault> {
+        if thunk.form.x87 == X87::Store {
+            // FNSTENV and FNSAVE do not look at pending exceptions.
+            // SAFETY: as promised by the caller.
+            unsafe {
+                self.run_store(thunk, memory);
+                self.after(thunk, memory, at);
+            }
+            return Ok(Completed { stored: true });
+        }
+        let entry = thunk.entry.get() as usize;
         WINDOW.set(Window {
             start: entry + usize::from(thunk.guest),
             end: entry + usize::from(thunk.fault),
             exit: entry + usize::from(thunk.fault),
         });
+        let unmasked = thunk.form.simd_float && self.ready & needs::SIMD == 0;
+        if unmasked {
+            write_mxcsr(self.state.mxcsr);
+        }
         // SAFETY: as promised by the caller.
-        let faulted = unsafe { self.call(thunk, operand) } != 0;
+        let faulted = unsafe { self.call(thunk, memory) } != 0;
+        if unmasked {
+            self.state.mxcsr = read_mxcsr();
+            write_mxcsr(MXCSR_RESET);
+        }
         WINDOW.set(Window {
             start: 0,
             end: 0,
@@ -335,37 +434,97 @@ impl NativeCpu {
             let pending = thunk.form.uses_x87() && x87_status() & 0x80 != 0;
             return Err(if pending { Fault::Math } else { Fault::Simd });
         }
+        let is_store = thunk.form.memory.is_some_and(|operand| operand.write);
+        let stored = !(thunk.form.x87 == X87::Recording && is_store && store_suppressed());
+        // SAFETY: as promised by the caller.
+        unsafe { self.after(thunk, memory, at) };
+        Ok(Completed { stored })
+    }
+
+    /// FNSTENV and FNSAVE store the address of the thunk, which other guest CPUs must not see even
+    /// for a moment: they work on a copy.
+    ///
+    /// # Safety
+    /// As [`NativeCpu::run_special`].
+    unsafe fn run_store(&mut self, thunk: &Thunk, memory: *mut u8) {
+        let size = operand_size(thunk);
+        let mut image = [0; SCRATCH_SIZE];
+        // SAFETY: the copy has room for every operand; the thunk is as promised.
+        unsafe { self.call(thunk, image.as_mut_ptr()) };
+        self.store_pointers(&mut image[..size]);
+        // SAFETY: the caller vouches for the operand, of which this is the size.
+        unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), memory, size) };
+    }
+
+    /// Keeps the x87 environment that the CPU does not keep for us.
+    ///
+    /// # Safety
+    /// As [`NativeCpu::run_special`].
+    #[inline(always)]
+    unsafe fn after(&mut self, thunk: &Thunk, memory: *mut u8, at: Location) {
         match thunk.form.x87 {
             X87::No | X87::Plain => {}
             X87::Recording => {
                 self.fip = at.rip;
                 self.fop = at.opcode & 0x7ff;
-                if let Some(operand) = thunk.form.memory {
+                if thunk.form.memory.is_some() {
                     self.fdp = at.data;
-                    if operand.write {
-                        return Ok(Completed {
-                            stored: !store_suppressed(),
-                        });
-                    }
                 }
             }
-            X87::Init => (self.fip, self.fdp, self.fop) = (0, 0, 0),
-            X87::Store => {
-                self.store_pointers(&mut image[..size]);
-                // SAFETY: the caller vouches for the operand, of which this is the size.
-                unsafe { std::ptr::copy_nonoverlapping(image.as_ptr(), memory, size) };
-                // FNSAVE initialises the x87 afterwards.
-                if size > 28 {
-                    (self.fip, self.fdp, self.fop) = (0, 0, 0);
-                }
-            }
+            X87::Control => self.note_x87_masks(),
+            X87::Init => self.initialise_pointers(),
+            // FNSAVE initialises the x87 afterwards.
+            X87::Store if operand_size(thunk) > 28 => self.initialise_pointers(),
+            X87::Store => self.note_x87_masks(),
             X87::Load => {
+                let size = operand_size(thunk);
+                let mut image = [0; SCRATCH_SIZE];
                 // SAFETY: the caller vouches for the operand, of which this is the size.
                 unsafe { std::ptr::copy_nonoverlapping(memory, image.as_mut_ptr(), size) };
                 self.load_pointers(&image[..size]);
+                self.note_x87_masks();
             }
         }
-        Ok(Completed { stored: true })
+    }
+
+    fn initialise_pointers(&mut self) {
+        (self.fip, self.fdp, self.fop) = (0, 0, 0);
+        self.note_x87_masks();
+    }
+
+    /// To be called when FCW or a pending exception may have changed other than by arithmetic.
+    fn note_x87_masks(&mut self) {
+        if x87_control() & 0x3f == 0x3f && x87_status() & 0x80 == 0 {
+            self.ready |= needs::X87;
+        } else {
+            self.ready &= !needs::X87;
+        }
+    }
+
+    /// Puts the guest's MXCSR into the CPU's, if no exception is unmasked.
+    fn load_mxcsr(&mut self) {
+        if self.ready & needs::SIMD == 0 && self.state.mxcsr & MXCSR_RESET == MXCSR_RESET {
+            write_mxcsr(self.state.mxcsr);
+            self.ready |= needs::SIMD;
+        }
+    }
+
+    /// Moves the guest's MXCSR back to memory and gives the host its own: before Rust code that
+    /// computes in floating point, which would round as the guest does and leave its flags to the guest.
+    /// Costs nothing if no such instruction ran since.
+    pub fn sync_mxcsr(&mut self) {
+        if self.ready & needs::SIMD != 0 {
+            self.state.mxcsr = read_mxcsr();
+            write_mxcsr(MXCSR_RESET);
+            self.ready &= !needs::SIMD;
+        }
+    }
+
+    /// [`sync_x87`](Self::sync_x87) and [`sync_mxcsr`](Self::sync_mxcsr): before this thread does
+    /// something else.
+    pub fn sync(&mut self) {
+        self.sync_x87();
+        self.sync_mxcsr();
     }
 
     /// Puts FIP, FDP and FOP into an environment image (SDM volume 1, figures 8-9 and 8-11), possibly
@@ -410,6 +569,7 @@ impl NativeCpu {
                 out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
         }
         self.resident = true;
+        self.note_x87_masks();
     }
 
     /// Moves guest x87 state back to memory and gives the host an initialised x87: before a context
@@ -426,18 +586,28 @@ impl NativeCpu {
                 out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _, options(nostack));
         }
         let area = &mut self.state.area;
+        // The CPU has cleared the bit of x87 state in its initial configuration.
         area.put(XSTATE_BV, 7_u64.to_le_bytes());
         area.put(FOP, self.fop.to_le_bytes());
         area.put(FIP, self.fip.to_le_bytes());
         area.put(FDP, self.fdp.to_le_bytes());
         self.resident = false;
+        self.ready &= !needs::X87;
     }
 
     /// The x87, SSE and AVX state in the standard XSAVE format, XSTATE_BV = 7: the first 512 bytes are
     /// the FXSAVE64 image.
     pub fn xsave_image(&mut self) -> &[u8; XSAVE_SIZE] {
         self.sync_x87();
-        &self.state.area.0
+        let mxcsr = self.mxcsr();
+        let UserState { area, vectors, .. } = &mut *self.state;
+        area.put(MXCSR, mxcsr.to_le_bytes());
+        for (number, vector) in vectors.0.iter().enumerate() {
+            let [low, high] = vector.map(u128::to_le_bytes);
+            area.put(XMM + 16 * number, low);
+            area.put(YMM_HIGH + 16 * number, high);
+        }
+        &area.0
     }
 
     /// Replaces the x87, SSE and AVX state by an image in the standard XSAVE format. The header is
@@ -446,51 +616,74 @@ impl NativeCpu {
     /// # Errors
     /// MXCSR has reserved bits set (#GP); nothing has changed.
     pub fn load_xsave_image(&mut self, image: &[u8; XSAVE_SIZE]) -> Result<(), ReservedMxcsr> {
-        let fresh = XsaveArea::new();
-        let mut area = XsaveArea(*image);
-        let mxcsr = u32::from_le_bytes(area.get(MXCSR));
-        check_mxcsr(mxcsr)?;
+        let image = XsaveArea(*image);
+        self.set_mxcsr(u32::from_le_bytes(image.get(MXCSR)))?;
         self.sync_x87();
         // The header and what the CPU does not define come from here, never from the image.
-        area.0[28..32].copy_from_slice(&fresh.0[28..32]);
-        area.0[416..YMM_HIGH].copy_from_slice(&fresh.0[416..YMM_HIGH]);
-        self.fop = u16::from_le_bytes(area.get(FOP)) & 0x7ff;
-        self.fip = u64::from_le_bytes(area.get(FIP));
-        self.fdp = u64::from_le_bytes(area.get(FDP));
+        let mut area = XsaveArea::new();
+        area.0[FCW..MXCSR].copy_from_slice(&image.0[FCW..MXCSR]);
+        area.0[ST..XMM].copy_from_slice(&image.0[ST..XMM]);
+        self.fop = u16::from_le_bytes(image.get(FOP)) & 0x7ff;
+        self.fip = u64::from_le_bytes(image.get(FIP));
+        self.fdp = u64::from_le_bytes(image.get(FDP));
+        area.put(FOP, self.fop.to_le_bytes());
+        let control = u16::from_le_bytes(area.get(FCW)) & FCW_DEFINED | FCW_FIXED;
+        area.put(FCW, control.to_le_bytes());
+        // ES, and B as its copy, follow from the others (SDM volume 1, 8.1.3).
+        let status = u16::from_le_bytes(area.get(FSW)) & !0x8080;
+        let summary = if status & !control & 0x3f != 0 {
+            0x8080
+        } else {
+            0
+        };
+        area.put(FSW, (status | summary).to_le_bytes());
         self.state.area = area;
+        for (number, vector) in self.state.vectors.0.iter_mut().enumerate() {
+            let halves = [XMM + 16 * number, YMM_HIGH + 16 * number];
+            *vector = halves.map(|at| u128::from_le_bytes(image.get(at)));
+        }
         Ok(())
     }
 
-    /// The low half of a YMM register; `register` is taken modulo 16.
+    /// A YMM register as two halves, low first; `register` is taken modulo 16.
+    #[inline(always)]
+    pub fn vector(&mut self, register: usize) -> &mut [u128; 2] {
+        &mut self.state.vectors.0[register & 15]
+    }
+
+    /// The low half of a YMM register.
     pub fn xmm(&self, register: usize) -> [u8; 16] {
-        self.state.area.get(XMM + 16 * (register & 15))
+        self.state.vectors.0[register & 15][0].to_le_bytes()
     }
 
     /// Writes the low half only, as legacy SSE does.
     pub fn set_xmm(&mut self, register: usize, value: [u8; 16]) {
-        self.state.area.put(XMM + 16 * (register & 15), value);
+        self.vector(register)[0] = u128::from_le_bytes(value);
     }
 
     /// A YMM register.
     pub fn ymm(&self, register: usize) -> [u8; 32] {
-        let mut value = [0; 32];
-        value[..16].copy_from_slice(&self.xmm(register));
-        value[16..].copy_from_slice(&self.state.area.get::<16>(YMM_HIGH + 16 * (register & 15)));
-        value
+        let mut bytes = [0; 32];
+        let halves = self.state.vectors.0[register & 15].map(u128::to_le_bytes);
+        bytes.copy_from_slice(halves.as_flattened());
+        bytes
     }
 
     /// Writes a whole YMM register, as VEX instructions do (with a zero upper half for VEX.128).
     pub fn set_ymm(&mut self, register: usize, value: [u8; 32]) {
-        let (low, high) = value.split_at(16);
-        for (offset, half) in [(XMM, low), (YMM_HIGH, high)] {
-            let at = offset + 16 * (register & 15);
-            self.state.area.0[at..at + 16].copy_from_slice(half);
-        }
+        let (mut low, mut high) = ([0; 16], [0; 16]);
+        low.copy_from_slice(&value[..16]);
+        high.copy_from_slice(&value[16..]);
+        *self.vector(register) = [low, high].map(u128::from_le_bytes);
     }
 
     /// MXCSR.
     pub fn mxcsr(&self) -> u32 {
-        u32::from_le_bytes(self.state.area.get(MXCSR))
+        if self.ready & needs::SIMD != 0 {
+            read_mxcsr()
+        } else {
+            self.state.mxcsr
+        }
     }
 
     /// Loads MXCSR, as LDMXCSR does.
@@ -498,8 +691,11 @@ impl NativeCpu {
     /// # Errors
     /// Reserved bits are set (#GP).
     pub fn set_mxcsr(&mut self, value: u32) -> Result<(), ReservedMxcsr> {
-        check_mxcsr(value)?;
-        self.state.area.put(MXCSR, value.to_le_bytes());
+        if value & !MXCSR_MASK != 0 {
+            return Err(ReservedMxcsr(value));
+        }
+        self.sync_mxcsr();
+        self.state.mxcsr = value;
         Ok(())
     }
 
@@ -525,7 +721,7 @@ impl NativeCpu {
 
 impl Drop for NativeCpu {
     fn drop(&mut self) {
-        self.sync_x87();
+        self.sync();
         OCCUPIED.set(false);
     }
 }
@@ -535,12 +731,25 @@ impl Drop for NativeCpu {
 #[error("MXCSR {0:#x} has reserved bits set; bits 0 to 15 are allowed")]
 pub struct ReservedMxcsr(pub u32);
 
-fn check_mxcsr(value: u32) -> Result<(), ReservedMxcsr> {
-    if value & !MXCSR_MASK == 0 {
-        Ok(())
-    } else {
-        Err(ReservedMxcsr(value))
-    }
+/// Bytes of the memory operand.
+fn operand_size(thunk: &Thunk) -> usize {
+    thunk.form.memory.map_or(0, |operand| operand.size.into())
+}
+
+/// The CPU's MXCSR.
+fn read_mxcsr() -> u32 {
+    let mut value = 0;
+    // SAFETY: writes MXCSR to a local variable.
+    unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack, preserves_flags)) };
+    value
+}
+
+/// Sets it. While it is not [`MXCSR_RESET`], nothing but guest instructions computes in floating
+/// point.
+fn write_mxcsr(value: u32) {
+    // SAFETY: the value has no reserved bit set. Rust code that computed in floating point under it
+    // would round otherwise; see `NativeCpu::sync_mxcsr`.
+    unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags)) };
 }
 
 /// FSW of the guest, which is resident.
@@ -558,8 +767,13 @@ fn store_suppressed() -> bool {
     if status & 0x80 == 0 {
         return false;
     }
+    status & !x87_control() & 0x19 != 0
+}
+
+/// FCW of the guest, which is resident.
+fn x87_control() -> u16 {
     let mut control = 0u16;
     // SAFETY: writes the control word to a local variable; it never waits.
     unsafe { asm!("fnstcw [{}]", in(reg) &raw mut control, options(nostack, preserves_flags)) };
-    status & !control & 0x19 != 0
+    control
 }

@@ -1,5 +1,7 @@
 //! Which instruction forms the host can carry out for the guest, and what each needs.
 
+use std::sync::LazyLock;
+
 use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions,
     Mnemonic, OpAccess, OpKind, Register,
@@ -54,6 +56,8 @@ pub(crate) enum X87 {
     Plain,
     /// Arithmetic, load, store: FIP, FDP and FOP are recorded.
     Recording,
+    /// FLDCW and FNCLEX: FIP, FDP and FOP stay, but which exceptions are unmasked or pending changes.
+    Control,
     /// FNINIT: the pointers become 0.
     Init,
     /// FNSTENV and FNSAVE.
@@ -208,6 +212,10 @@ fn is_simd_float(feature: &CpuidFeature) -> bool {
 
 fn check_class(instruction: &Instruction, features: &[CpuidFeature]) -> Result<(), Unsupported> {
     use Mnemonic as M;
+    // The decoder counts it among the integer instructions.
+    if instruction.mnemonic() == M::Wait {
+        return Ok(());
+    }
     let ours = features.iter().any(|feature| CLASSES.contains(feature));
     let rest = features
         .iter()
@@ -328,32 +336,37 @@ fn alignment(instruction: &Instruction, vex: bool, vector: bool) -> u8 {
 /// form missing from the list is merely slower.
 fn rounds(mnemonic: Mnemonic) -> bool {
     const INTEGER: &[&str] = &[
-        "P",
-        "Mov",
-        "And",
-        "Or",
-        "Xor",
-        "Unpck",
-        "Shuf",
-        "Blend",
-        "Insert",
-        "Extract",
-        "Extrq",
-        "Broadcast",
-        "Perm",
-        "Aes",
-        "Sha",
-        "Gf2p8",
-        "Lddqu",
-        "Zero",
-        "Test",
-        "Fisttp",
+        "p",
+        "mov",
+        "and",
+        "or",
+        "xor",
+        "unpck",
+        "shuf",
+        "blend",
+        "insert",
+        "extract",
+        "extrq",
+        "broadcast",
+        "perm",
+        "aes",
+        "sha",
+        "gf2p8",
+        "lddqu",
+        "zero",
+        "test",
+        "fisttp",
     ];
-    let name = format!("{mnemonic:?}").to_lowercase();
-    let name = name.strip_prefix('v').unwrap_or(&name);
-    !INTEGER
-        .iter()
-        .any(|prefix| name.starts_with(&prefix.to_lowercase()))
+    // Names are slow to make, and this is asked for every instruction that is decoded.
+    static ROUNDS: LazyLock<Vec<bool>> = LazyLock::new(|| {
+        let rounds = |mnemonic: Mnemonic| {
+            let name = format!("{mnemonic:?}").to_lowercase();
+            let name = name.strip_prefix('v').unwrap_or(&name);
+            !INTEGER.iter().any(|prefix| name.starts_with(prefix))
+        };
+        Mnemonic::values().map(rounds).collect()
+    });
+    ROUNDS[mnemonic as usize]
 }
 
 fn x87_part(instruction: &Instruction, mmx_or_st: bool, features: &[CpuidFeature]) -> X87 {
@@ -362,7 +375,8 @@ fn x87_part(instruction: &Instruction, mmx_or_st: bool, features: &[CpuidFeature
         M::Fninit => return X87::Init,
         M::Fnstenv | M::Fnsave => return X87::Store,
         M::Fldenv | M::Frstor => return X87::Load,
-        M::Fnclex | M::Fldcw | M::Fnstcw | M::Fnstsw | M::Wait | M::Emms => return X87::Plain,
+        M::Fnclex | M::Fldcw => return X87::Control,
+        M::Fnstcw | M::Fnstsw | M::Wait | M::Emms => return X87::Plain,
         // With a memory source they touch no MMX register, but some CPUs still leave x87 mode.
         M::Cvtpi2ps | M::Cvtpi2pd => return X87::Plain,
         M::Fisttp => return X87::Recording,

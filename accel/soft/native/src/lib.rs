@@ -15,11 +15,13 @@
 //! [`NativeCpu::run_buffered`] where the operand crosses a page or is not RAM.
 //!
 //! # Where vector state lives
-//! In memory, in the layout of XSAVE; a thunk loads and stores the registers its instruction uses.
-//! Keeping it in the host's registers instead would need a save and restore of everything around each
-//! piece of Rust code, which uses SSE: `examples/measure.rs` shows that to cost many times what
-//! the two to four moves of a thunk do. For x87 state, which Rust does not use, it is the other way
-//! round, and it stays in the host's registers.
+//! In memory, each YMM register in one piece; a thunk loads and stores the registers its instruction
+//! uses. Keeping it in the host's registers instead would need a save and restore of everything
+//! around each piece of Rust code, which uses SSE: `examples/measure.rs` shows that to cost many times
+//! what the two to four moves of a thunk do. For x87 state, which Rust does not use, it is the other
+//! way round, and it stays in the host's registers. So does MXCSR, since Rust code between two guest
+//! instructions hardly ever computes in floating point: [`NativeCpu::sync_mxcsr`] comes before code that
+//! may. A guest that unmasks SIMD exceptions has it loaded around each instruction instead.
 //!
 //! # What is not exact
 //! - FCS and FDS read as 0, as on CPUs that deprecate them (CPUID.7.0:EBX bit 13). FOP, FIP and FDP
@@ -54,4 +56,4 @@ pub use cpu::{
 };
 pub use flags::{ARITHMETIC_RFLAGS, Flags};
 pub use form::{Form, MemoryOperand, Unsupported};
-pub use state::{MXCSR_MASK, MXCSR_RESET, SCRATCH_SIZE, UserState, XSAVE_SIZE};
+pub use state::{GPR_COUNT, MXCSR_MASK, MXCSR_RESET, SCRATCH_SIZE, UserState, XSAVE_SIZE};

@@ -11,6 +11,9 @@ pub const SCRATCH_SIZE: usize = 128;
 /// the standard XSAVE format (SDM volume 1, section 13.4).
 pub const XSAVE_SIZE: usize = 832;
 
+/// Words in [`UserState::gpr`]: a power of two, so that a masked index needs no check.
+pub const GPR_COUNT: usize = 32;
+
 /// MXCSR bits that a guest may set. Bit 17, AMD's misaligned-SSE mode, is not offered.
 pub const MXCSR_MASK: u32 = 0xffff;
 
@@ -29,12 +32,13 @@ pub(crate) const FIP: usize = 8;
 pub(crate) const FDP: usize = 16;
 pub(crate) const MXCSR: usize = 24;
 pub(crate) const MXCSR_MASK_FIELD: usize = 28;
+pub(crate) const ST: usize = 32;
 pub(crate) const XMM: usize = 160;
 pub(crate) const XSTATE_BV: usize = 512;
 pub(crate) const YMM_HIGH: usize = 576;
 
 impl XsaveArea {
-    /// The state after INIT: x87 as FNINIT leaves it, MXCSR 1F80H, registers 0.
+    /// x87 as FNINIT leaves it.
     pub fn new() -> Self {
         let mut area = Self([0; XSAVE_SIZE]);
         area.put(FCW, 0x37f_u16.to_le_bytes());
@@ -59,34 +63,41 @@ impl XsaveArea {
 #[derive(Clone)]
 #[repr(C, align(64))]
 pub struct UserState {
-    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15.
-    pub gpr: [u64; 16],
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15; then 16 words that generated code does
+    /// not touch, for an engine that wants more operands addressed like registers.
+    pub gpr: [u64; GPR_COUNT],
     /// The arithmetic flags.
     pub flags: Flags,
-    host_mxcsr: u32,
-    pub(crate) area: XsaveArea,
+    /// MXCSR, unless the CPU's own register has it.
+    pub(crate) mxcsr: u32,
+    /// The YMM registers, each in one piece, so that one store and one load move it.
+    pub(crate) vectors: Vectors,
     pub(crate) scratch: Scratch,
+    /// x87 state, unless the CPU's own registers have it. The other components only pass through.
+    pub(crate) area: XsaveArea,
 }
 
 #[derive(Clone)]
 #[repr(C, align(64))]
 pub(crate) struct Scratch(pub [u8; SCRATCH_SIZE]);
 
+#[derive(Clone)]
+#[repr(C, align(64))]
+pub(crate) struct Vectors(pub [[u128; 2]; 16]);
+
 pub(crate) const GPR_OFFSET: usize = offset_of!(UserState, gpr);
 pub(crate) const FLAGS_OFFSET: usize = offset_of!(UserState, flags);
-pub(crate) const HOST_MXCSR_OFFSET: usize = offset_of!(UserState, host_mxcsr);
-pub(crate) const MXCSR_OFFSET: usize = offset_of!(UserState, area) + MXCSR;
-pub(crate) const XMM_OFFSET: usize = offset_of!(UserState, area) + XMM;
-pub(crate) const YMM_HIGH_OFFSET: usize = offset_of!(UserState, area) + YMM_HIGH;
+pub(crate) const VECTOR_OFFSET: usize = offset_of!(UserState, vectors);
 
 impl UserState {
     pub(crate) fn new() -> Box<Self> {
         Box::new(Self {
-            gpr: [0; 16],
+            gpr: [0; GPR_COUNT],
             flags: Flags::NONE,
-            host_mxcsr: MXCSR_RESET,
-            area: XsaveArea::new(),
+            mxcsr: MXCSR_RESET,
+            vectors: Vectors([[0; 2]; 16]),
             scratch: Scratch([0; SCRATCH_SIZE]),
+            area: XsaveArea::new(),
         })
     }
 }

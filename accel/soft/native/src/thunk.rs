@@ -7,14 +7,12 @@
 //! case nothing but the exception flags in MXCSR has changed.
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand as Address, OpAccess, OpKind,
-    Register, RflagsBits,
+    Code, CodeSize, Encoder, Instruction, InstructionInfoFactory, MemoryOperand as Address,
+    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
 };
 
 use crate::form::{Form, X87, general_number};
-use crate::state::{
-    FLAGS_OFFSET, GPR_OFFSET, HOST_MXCSR_OFFSET, MXCSR_OFFSET, XMM_OFFSET, YMM_HIGH_OFFSET,
-};
+use crate::state::{FLAGS_OFFSET, GPR_OFFSET, VECTOR_OFFSET};
 use crate::{Flags, Unsupported};
 
 /// Registers, numbered as in ModRM, that a function must preserve.
@@ -41,6 +39,8 @@ pub(crate) struct Plan {
     written: u16,
     /// Vector registers read as 128 bits, read as 256 bits, written.
     vector: [u16; 3],
+    /// An operand is a YMM register.
+    dirties_upper: bool,
     flags_read: Flags,
     flags_written: Flags,
     state: usize,
@@ -94,6 +94,9 @@ impl Plan {
             read: 0,
             written: 0,
             vector: [0; 3],
+            dirties_upper: (0..guest.op_count()).any(|operand| {
+                guest.op_kind(operand) == OpKind::Register && guest.op_register(operand).is_ymm()
+            }),
             flags_read: flags_of(guest.rflags_read()),
             flags_written: flags_of(guest.rflags_modified()),
             state: RDI,
@@ -195,8 +198,16 @@ impl Plan {
         let bytes = encoder.take_buffer();
         let mut key = [0; 16];
         key[..bytes.len()].copy_from_slice(&bytes);
-        // Only RSP and its substitute can collide.
+        // Two can collide: RSP and its substitute, and VZEROALL and VZEROUPPER of 64-bit code and of
+        // other code, where they leave registers 8 to 15 alone.
         key[15] = self.stack_pointer.map_or(0, |number| number as u8);
+        let clears = matches!(
+            self.guest.mnemonic(),
+            Mnemonic::Vzeroall | Mnemonic::Vzeroupper
+        );
+        if clears && matches!(self.guest.code_size(), CodeSize::Code16 | CodeSize::Code32) {
+            key[15] |= 0x80;
+        }
         Ok(key)
     }
 
@@ -210,16 +221,10 @@ impl Plan {
         self.prologue(&mut out)?;
         let guest = out.bytes.len();
         out.instruction(self.guest)?;
-        if self.form.simd_float {
-            out.mxcsr_to_guest()?;
-        }
         self.store(&mut out)?;
         self.leave(&mut out, 0)?;
         let fault = out.bytes.len();
         if self.form.simd_float || self.form.x87 != X87::No {
-            if self.form.simd_float {
-                out.mxcsr_to_guest()?;
-            }
             self.leave(&mut out, 1)?;
         }
         Ok(Code64 {
@@ -254,23 +259,19 @@ impl Plan {
         if self.form.memory.is_some() && self.memory != RSI {
             out.registers(Code::Mov_r64_rm64, gpr(self.memory), Register::RSI)?;
         }
-        if self.form.simd_float {
-            out.memory(Code::Ldmxcsr_m32, MXCSR_OFFSET)?;
-        }
-        for number in bits(self.vector[0] | self.vector[1]) {
+        for number in bits(self.vector[0]) {
             let xmm = Register::XMM0 + number as u32;
             let code = if self.form.vex {
-                Code::VEX_Vmovdqu_xmm_xmmm128
+                Code::VEX_Vmovdqa_xmm_xmmm128
             } else {
-                Code::Movdqu_xmm_xmmm128
+                Code::Movaps_xmm_xmmm128
             };
-            out.load(code, xmm, XMM_OFFSET + 16 * number)?;
+            out.load(code, xmm, VECTOR_OFFSET + 32 * number)?;
         }
         for number in bits(self.vector[1]) {
             let ymm = Register::YMM0 + number as u32;
-            let upper = out.address(YMM_HIGH_OFFSET + 16 * number);
-            let code = Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8;
-            out.instruction(Instruction::with4(code, ymm, ymm, upper, 1).map_err(internal)?)?;
+            let code = Code::VEX_Vmovdqa_ymm_ymmm256;
+            out.load(code, ymm, VECTOR_OFFSET + 32 * number)?;
         }
         for number in bits(self.read) {
             out.load(
@@ -299,18 +300,14 @@ impl Plan {
             )?;
         }
         for number in bits(self.vector[2]) {
-            let xmm = Register::XMM0 + number as u32;
-            let code = if self.form.vex {
-                Code::VEX_Vmovdqu_xmmm128_xmm
-            } else {
-                Code::Movdqu_xmmm128_xmm
-            };
-            out.store(code, XMM_OFFSET + 16 * number, xmm)?;
+            let offset = VECTOR_OFFSET + 32 * number;
             if self.form.vex {
+                // VEX instructions clear what they do not write.
                 let ymm = Register::YMM0 + number as u32;
-                let upper = out.address(YMM_HIGH_OFFSET + 16 * number);
-                let code = Code::VEX_Vextractf128_xmmm128_ymm_imm8;
-                out.instruction(Instruction::with3(code, upper, ymm, 1).map_err(internal)?)?;
+                out.store(Code::VEX_Vmovdqa_ymmm256_ymm, offset, ymm)?;
+            } else {
+                let xmm = Register::XMM0 + number as u32;
+                out.store(Code::Movaps_xmmm128_xmm, offset, xmm)?;
             }
         }
         if self.flags_written != Flags::NONE {
@@ -333,8 +330,9 @@ impl Plan {
     }
 
     fn leave(&self, out: &mut Emitter<'_>, result: u32) -> Result<(), Unsupported> {
-        if self.form.vex && self.form.vector {
-            // Dirty upper halves would slow the host's own SSE code down on some CPUs.
+        if self.dirties_upper {
+            // The host's own SSE code would be slow, on some CPUs a hundred times, while upper halves
+            // hold something.
             out.instruction(Instruction::with(Code::VEX_Vzeroupper))?;
         }
         for number in self.saved().rev() {
@@ -388,15 +386,5 @@ impl Emitter<'_> {
 
     fn registers(&mut self, code: Code, to: Register, from: Register) -> Result<(), Unsupported> {
         self.instruction(Instruction::with2(code, to, from).map_err(internal)?)
-    }
-
-    fn memory(&mut self, code: Code, offset: usize) -> Result<(), Unsupported> {
-        let address = self.address(offset);
-        self.instruction(Instruction::with1(code, address).map_err(internal)?)
-    }
-
-    fn mxcsr_to_guest(&mut self) -> Result<(), Unsupported> {
-        self.memory(Code::Stmxcsr_m32, MXCSR_OFFSET)?;
-        self.memory(Code::Ldmxcsr_m32, HOST_MXCSR_OFFSET)
     }
 }

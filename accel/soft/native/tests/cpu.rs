@@ -86,9 +86,8 @@ fn addressing_does_not_make_a_new_thunk() {
 #[test]
 fn a_full_cache_is_flushed_and_old_thunks_are_refused() {
     let mut cpu = NativeCpu::new(4096).unwrap();
-    let first = cpu
-        .thunk(&decode(64, &[0x66, 0x0f, 0x70, 0xc1, 0]))
-        .unwrap();
+    let instruction = decode(64, &[0x66, 0x0f, 0x70, 0xc1, 0]);
+    let first = cpu.thunk(&instruction).unwrap();
     // pshufd xmm0, xmm1, imm8
     for immediate in 1..=255 {
         let thunk = cpu
@@ -106,6 +105,9 @@ fn a_full_cache_is_flushed_and_old_thunks_are_refused() {
         cpu.run_buffered(&first, Location::default()),
         Err(Fault::Stale)
     );
+    cpu.renew(&first, &instruction).unwrap();
+    cpu.run_buffered(&first, Location::default()).unwrap();
+    assert_eq!(cpu.xmm(0)[..8], [0, 1, 2, 3, 0, 1, 2, 3]);
 }
 
 #[test]
@@ -145,4 +147,90 @@ fn one_cpu_per_thread() {
         .unwrap();
     drop(cpu);
     NativeCpu::new(4096).map(drop).unwrap();
+}
+
+#[test]
+fn mxcsr_stays_loaded_until_it_is_synced() {
+    let mut cpu = NativeCpu::new(4096).unwrap();
+    // divsd xmm0, xmm1
+    let divsd = cpu.thunk(&decode(64, &[0xf2, 0x0f, 0x5e, 0xc1])).unwrap();
+    let host = || {
+        let mut value = 0u32;
+        // SAFETY: writes MXCSR to a local variable.
+        unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut value) };
+        value
+    };
+    let mut operand = [0; 16];
+    operand[..8].copy_from_slice(&1f64.to_le_bytes());
+    // Flush to zero, round up.
+    cpu.set_mxcsr(0xdf80).unwrap();
+    cpu.set_xmm(0, operand);
+    cpu.run_buffered(&divsd, Location::default()).unwrap();
+    assert_eq!(cpu.xmm(0)[..8], f64::INFINITY.to_le_bytes());
+    // ZE is raised, and still in the CPU's register.
+    assert_eq!((cpu.mxcsr(), host()), (0xdf84, 0xdf84));
+    cpu.sync_mxcsr();
+    assert_eq!((cpu.mxcsr(), host()), (0xdf84, 0x1f80));
+    cpu.run_buffered(&divsd, Location::default()).unwrap();
+    assert_eq!(cpu.xsave_image()[24..28], 0xdf84u32.to_le_bytes());
+    // An unmasked exception is reported, and the host never keeps such a value.
+    cpu.set_mxcsr(0x1d80).unwrap();
+    assert_eq!(host(), 0x1f80);
+    cpu.set_xmm(0, operand);
+    let outcome = cpu.run_buffered(&divsd, Location::default());
+    assert_eq!(outcome, Err(Fault::Simd));
+    assert_eq!((cpu.mxcsr(), host()), (0x1d84, 0x1f80));
+    assert_eq!(cpu.xmm(0), operand);
+    drop(cpu);
+    assert_eq!(host(), 0x1f80);
+}
+
+#[test]
+fn unmasking_a_pending_x87_exception_raises_it() {
+    let mut cpu = NativeCpu::new(4096).unwrap();
+    let mut run = |bytes: &[u8], operand: u16| {
+        let thunk = cpu.thunk(&decode(64, bytes)).unwrap();
+        cpu.scratch()[..2].copy_from_slice(&operand.to_le_bytes());
+        cpu.run_buffered(&thunk, Location::default())
+    };
+    // fld1; fldz; fdivp: masked. fldcw [rbx] unmasks #Z; the next instruction that waits tells.
+    for bytes in [&[0xd9, 0xe8], &[0xd9, 0xee], &[0xde, 0xf9]] {
+        run(bytes, 0).unwrap();
+    }
+    run(&[0xd9, 0x2b], 0x37b).unwrap();
+    assert_eq!(run(&[0xd9, 0xe8], 0), Err(Fault::Math));
+    // fnclex
+    run(&[0xdb, 0xe2], 0).unwrap();
+    run(&[0xd9, 0xe8], 0).unwrap();
+    // With it unmasked, a division is fine and the instruction after it is not.
+    run(&[0xd9, 0xee], 0).unwrap();
+    run(&[0xde, 0xf9], 0).unwrap();
+    assert_eq!(run(&[0xd9, 0xe8], 0), Err(Fault::Math));
+}
+
+#[test]
+fn clearing_registers_reaches_those_that_the_mode_has() {
+    let mut cpu = NativeCpu::new(4096).unwrap();
+    // vzeroupper, vzeroall
+    for (bytes, low) in [([0xc5, 0xf8, 0x77], 1), ([0xc5, 0xfc, 0x77], 0)] {
+        for (bits, cleared) in [(32, 8), (64, 16), (32, 8)] {
+            for register in 0..16 {
+                cpu.set_ymm(register, [1; 32]);
+            }
+            let thunk = cpu.thunk(&decode(bits, &bytes)).unwrap();
+            cpu.run_buffered(&thunk, Location::default()).unwrap();
+            for register in 0..16 {
+                let mut expected = [1; 32];
+                if register < cleared {
+                    expected[16..].fill(0);
+                    expected[..16].fill(low);
+                }
+                assert_eq!(
+                    cpu.ymm(register),
+                    expected,
+                    "{bits} bits, register {register}"
+                );
+            }
+        }
+    }
 }

@@ -77,6 +77,7 @@ global_asm!(
     "mov rsp, gs:[136]",
     "pushfq",
     "pop qword ptr gs:[128]",
+    "cld",
     "mov eax, 7",
     "xor edx, edx",
     "xsave64 gs:[192]",
@@ -103,20 +104,57 @@ thread_local! {
     /// Code range of this thread's instruction and the signal that it raised.
     static RANGE: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
     static SIGNAL: Cell<i32> = const { Cell::new(0) };
+    /// Instruction pointer and address that the signal came with.
+    static WHERE: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+    /// Where a breakpoint leads to that only changes the mode.
+    static ENTRY: Cell<Option<Entry>> = const { Cell::new(None) };
+    /// CS and SS of this program.
+    static SELECTORS: Cell<i64> = const { Cell::new(0) };
 }
 
 /// The crate's own handler.
 static BEFORE: AtomicUsize = AtomicUsize::new(0);
 
+/// The parts of `REG_CSGSFS` that are CS and SS.
+const CS_SS: i64 = 0xFFFF_0000_0000_FFFF_u64 as i64;
+
+/// Code in segments of 16 or 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Offset in CS.
+    pub rip: u64,
+    pub cs: u16,
+    pub ss: u16,
+}
+
 extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid context.
-    let rip = unsafe {
-        &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize]
-    };
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let rip = registers[libc::REG_RIP as usize] as usize;
+    let selectors = registers[libc::REG_CSGSFS as usize] & CS_SS;
     let (start, end) = RANGE.get();
-    if (start..end).contains(&(*rip as usize)) {
-        SIGNAL.set(signal);
-        *rip = anemone_test_exit as *const () as i64;
+    // Only tested code has other segments.
+    let elsewhere = SELECTORS.get() != 0 && selectors != SELECTORS.get();
+    if elsewhere || (start..end).contains(&rip) {
+        let (target, selectors) = match ENTRY.take() {
+            Some(Entry { rip, cs, ss }) => {
+                SELECTORS.set(selectors);
+                (rip as i64, i64::from(cs) | i64::from(ss) << 48)
+            }
+            None => {
+                SIGNAL.set(signal);
+                // SAFETY: as above; these signals have an address.
+                WHERE.set((rip, unsafe { (*info).si_addr() } as usize));
+                let own = match SELECTORS.replace(0) {
+                    0 => selectors,
+                    own => own,
+                };
+                (anemone_test_exit as *const () as i64, own)
+            }
+        };
+        registers[libc::REG_RIP as usize] = target;
+        let others = registers[libc::REG_CSGSFS as usize] & !CS_SS;
+        registers[libc::REG_CSGSFS as usize] = others | selectors;
     } else if signal == libc::SIGFPE {
         // SAFETY: the action before was the crate's, which takes these arguments.
         unsafe {
@@ -129,6 +167,16 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
         // SAFETY: ends the process where the harness itself is wrong.
         unsafe { libc::abort() };
     }
+}
+
+/// How code in a caller's place ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stop {
+    pub signal: i32,
+    /// After a breakpoint, of the instruction that faulted.
+    pub rip: usize,
+    /// For SIGSEGV by a page fault: the address.
+    pub address: usize,
 }
 
 /// One thread's place to run instructions in.
@@ -153,10 +201,9 @@ impl Native {
                     0
                 );
                 BEFORE.store(before.assume_init().sa_sigaction, Ordering::Relaxed);
-                assert_eq!(
-                    libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()),
-                    0
-                );
+                for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGTRAP] {
+                    assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
+                }
             }
         });
         let mut stack = vec![0u8; 1 << 16];
@@ -197,6 +244,34 @@ impl Native {
         match SIGNAL.get() {
             0 => Ok(()),
             signal => Err(signal),
+        }
+    }
+
+    /// Runs code of the caller's that lies at `start` in `range`, which has breakpoints wherever it
+    /// does not have code that comes to an end there. With an `entry`, `start` is a breakpoint and
+    /// the entry is what is run.
+    #[allow(dead_code)] // Only some of the tests that share this file have code in its place.
+    pub fn run_in_place(
+        &mut self,
+        start: usize,
+        range: std::ops::Range<usize>,
+        entry: Option<Entry>,
+        block: &mut Block,
+    ) -> Stop {
+        ENTRY.set(entry);
+        block.target = start as u64;
+        RANGE.set((range.start, range.end));
+        // SAFETY: the caller's code is unprivileged and its memory operands are the caller's; all
+        // registers are restored.
+        unsafe {
+            asm!("call {}", sym anemone_test_enter, in("rdi") block, clobber_abi("C"));
+        }
+        RANGE.set((0, 0));
+        let (rip, address) = WHERE.get();
+        Stop {
+            signal: SIGNAL.get(),
+            rip,
+            address,
         }
     }
 }

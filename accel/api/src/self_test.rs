@@ -1,4 +1,4 @@
-//! Can this host's KVM run a stock kernel?
+//! Can an accelerator run a stock kernel on this host?
 //!
 //! A `/dev/kvm` may exist and yet only emulate supervisor code, instruction by instruction
 //! (software KVM in a nested guest): it is slow beyond use and lacks instructions that every
@@ -6,14 +6,11 @@
 //! `lock cmpxchg16b` and `xrstor`, then a loop that real hardware finishes in well under a
 //! millisecond, and reports through a port.
 
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use anemone_accel_api::{Bus, Error, MemorySlot, Regs, Result, Segment, Sregs, Stop, Vm};
-
-use crate::KvmVm;
+use crate::{Bus, Error, MemorySlot, Regs, Result, Segment, Sregs, Stop, Vm};
 
 /// What the self-test found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +22,7 @@ pub enum Verdict {
 }
 
 /// Time the test guest may take. The loop needs about 0.1 ms on hardware, a few milliseconds in
-/// a nested VM, and over 400 ms where KVM emulates each instruction.
+/// a nested VM or on a software CPU, and over 400 ms where KVM emulates each instruction.
 const LIMIT: Duration = Duration::from_millis(150);
 /// Rounds of the loop, two instructions each.
 const ROUNDS: u32 = 100_000;
@@ -85,11 +82,12 @@ const PROGRAM: &[u8] = &[
     0x0B, // ud2: without an IDT, a triple fault
 ];
 
-/// Runs the test guest on `/dev/kvm`, opened as `device`.
+/// Runs the test guest on a virtual machine without memory and CPUs.
 ///
 /// # Errors
-/// Only where KVM fails altogether; a KVM that works but cannot run a kernel is a [`Verdict`].
-pub fn self_test(device: OwnedFd) -> Result<Verdict> {
+/// Only where the accelerator fails altogether; one that works but cannot run a kernel is a
+/// [`Verdict`].
+pub fn self_test(vm: impl Vm) -> Result<Verdict> {
     let mut memory = vec![0u8; MEMORY + 0x1000];
     let aligned = memory.as_ptr().align_offset(0x1000);
     let guest = &mut memory[aligned..aligned + MEMORY];
@@ -101,7 +99,8 @@ pub fn self_test(device: OwnedFd) -> Result<Verdict> {
     guest[XSAVE_AREA as usize + 24..XSAVE_AREA as usize + 28]
         .copy_from_slice(&0x1F80u32.to_le_bytes());
 
-    let vm = KvmVm::new(device, anemone_cpu::HOST)?;
+    // It must be gone before the memory is.
+    let vm = vm;
     let slot = MemorySlot {
         slot: 0,
         guest: 0,

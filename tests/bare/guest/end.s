@@ -1,0 +1,5 @@
+# Ends the section that runtime.s begins.
+
+    .subsection 3
+bare_cases_end:
+    .popsection

@@ -1,0 +1,190 @@
+//! Whole VMs with stock kernels on the software CPU, right on this host.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anemone_guest_init::place::{Guest, Place};
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::build::{self, Binaries};
+use crate::debian;
+use crate::demo::Machine;
+use crate::disk::RootDisk;
+use crate::initramfs;
+use crate::journal::{self, Journal};
+use crate::packages::{Flavour, Packages};
+use crate::report::{Outcome, Verdict};
+use crate::sh;
+
+use super::{Context, Missing};
+
+/// Scenarios that run side by side.
+const AT_ONCE: usize = 2;
+/// Longest that a scenario waits for anything.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Longest that a whole scenario takes; some wait for several things.
+const SCENARIO: Duration = Duration::from_secs(20 * 60);
+
+/// The scenario that is not the runner's, for it has a guest of its own.
+const DEBIAN: (&str, &str) = (
+    "debian",
+    "a whole Debian system: systemd, apt, python3, openssl",
+);
+
+/// Names of all scenarios with what they show; the longest first.
+pub fn scenarios(runner: &Path) -> Result<Vec<(String, String)>> {
+    let (name, about) = DEBIAN;
+    let mut all = vec![(name.to_string(), about.to_string())];
+    all.extend(journal::scenarios(runner, "soft")?);
+    Ok(all)
+}
+
+pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
+    let packages = context.packages()?;
+    let runner = build::guest_runner()?;
+    let names = journal::select(&scenarios(&runner)?, parts)?;
+    let setup = Setup::new(context, packages)?;
+    let left = Mutex::new(names.iter().cloned().collect::<VecDeque<_>>());
+    let mut outcomes: Vec<Outcome> = thread::scope(|scope| {
+        let worker = || {
+            let mut outcomes = Vec::new();
+            loop {
+                let next = left
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .pop_front();
+                let Some(name) = next else { return outcomes };
+                outcomes.push(setup.run(&runner, &name));
+            }
+        };
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_default())
+            .collect()
+    });
+    ensure!(outcomes.len() == names.len(), "a worker has ended early");
+    outcomes.sort_by_key(|outcome| names.iter().position(|name| *name == outcome.name));
+    Ok(outcomes)
+}
+
+/// What all scenarios share.
+struct Setup<'a> {
+    packages: &'a Packages,
+    product: &'a Binaries,
+    place: Place,
+}
+
+impl<'a> Setup<'a> {
+    fn new(context: &'a Context, packages: &'a Packages) -> Result<Self> {
+        let product = context.product()?;
+        let mut guests = Vec::new();
+        for flavour in Flavour::ALL {
+            let kernel = packages
+                .kernel_of(flavour)
+                .map_err(|e| Missing(format!("kernel {}: {e:#}", flavour.name())))?;
+            let guest = initramfs::guest_with(packages, &kernel)?;
+            guests.push(Guest {
+                name: flavour.name().to_string(),
+                kernel: guest.kernel,
+                initramfs: guest.initramfs,
+            });
+        }
+        let folder = sh::fresh_dir("vm-soft")?;
+        let template = RootDisk::make(packages, &folder.join("template.img"))?;
+        let daemon = packages.tool("qemu-storage-daemon")?;
+        let words = [daemon.get_program()].into_iter().chain(daemon.get_args());
+        let anemone = product.path("anemone");
+        let place = Place {
+            accel: "soft".to_string(),
+            programs: anemone.parent().unwrap_or(Path::new("")).to_path_buf(),
+            guests,
+            disk: folder.clone(),
+            template: template.image,
+            scratch: folder,
+            storage_daemon: words.map(|w| w.to_string_lossy().into_owned()).collect(),
+            user: None,
+            patience: PATIENCE,
+        };
+        Ok(Self {
+            packages,
+            product,
+            place,
+        })
+    }
+
+    fn run(&self, runner: &Path, name: &str) -> Outcome {
+        if name == DEBIAN.0 {
+            return Outcome::of(name, self.debian());
+        }
+        let outcome = self.try_run(runner, name);
+        outcome.unwrap_or_else(|error| Outcome::of(name, Err(error)))
+    }
+
+    fn debian(&self) -> Result<()> {
+        if !sh::is_root() {
+            return Err(Missing("root, to make a Debian root file system".into()).into());
+        }
+        let kernel = self.packages.cloud();
+        let image = debian::image(self.packages, kernel)?;
+        let disk = sh::fresh_dir("vm-soft/debian")?.join("root.img");
+        debian::copy(&image, &disk)?;
+        let machine = Machine {
+            cpus: 2,
+            memory: debian::MEMORY,
+            guest: &initramfs::on_disk(self.packages, kernel)?,
+            disk: &disk,
+            cmdline: debian::CMDLINE,
+        };
+        let mut command = machine.anemone(self.product, "soft");
+        let log = sh::build_dir("logs/vm-soft/debian.log");
+        debian::check(self.packages, &mut command, &disk, &log)?;
+        std::fs::remove_file(&disk)?;
+        Ok(())
+    }
+
+    fn try_run(&self, runner: &Path, name: &str) -> Result<Outcome> {
+        let folder = sh::fresh_dir(&format!("vm-soft/{name}"))?;
+        let disk = RootDisk::make(self.packages, &folder.join("root.img"))?;
+        let place = Place {
+            disk: disk.image.clone(),
+            scratch: folder.clone(),
+            ..self.place.clone()
+        };
+        let mut command = Command::new(runner);
+        command
+            .arg(name)
+            .args(place.arguments())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut child = sh::spawn(&mut command)?;
+        let lines = journal::lines(child.0.stdout.take().context("the runner has no output")?);
+        let mut journal = Journal::new(&sh::build_dir("logs/vm-soft"))?;
+        let end = Instant::now() + SCENARIO;
+        loop {
+            match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(text) if journal.line(&text)? => break,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => bail!("not finished after {SCENARIO:?}"),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let mut outcome = journal
+            .outcomes
+            .pop()
+            .context("the runner has no verdict")?;
+        if name == "demo" && outcome.verdict == Verdict::Passed {
+            outcome = Outcome::of(name, disk.verify(self.packages));
+        }
+        if outcome.verdict == Verdict::Passed {
+            // Images are looked at after failures only.
+            std::fs::remove_dir_all(&folder)?;
+        }
+        Ok(outcome)
+    }
+}
