@@ -26,6 +26,27 @@ pub fn family(pid: u32) -> Vec<Process> {
     found.into_iter().filter_map(describe).collect()
 }
 
+/// What the threads of a process are doing: a line each with name, state, clock ticks of user and
+/// kernel time so far, and where in the kernel it waits.
+pub fn threads(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let line = |task: fs::DirEntry| {
+        let text = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = text("stat");
+        // The name may hold anything but ends with the last bracket (proc(5)).
+        let mut rest = stat.rsplit(") ").next()?.split(' ');
+        let (state, user, kernel) = (rest.next()?, rest.nth(10)?, rest.next()?);
+        let (name, wchan, call) = (text("comm"), text("wchan"), text("syscall"));
+        Some(format!(
+            "{} {state} {user}+{kernel} ticks, {wchan}, system call {}",
+            name.trim_end(),
+            call.trim_end()
+        ))
+    };
+    tasks.filter_map(line).collect()
+}
+
 fn all_pids() -> impl Iterator<Item = u32> {
     fs::read_dir("/proc")
         .into_iter()

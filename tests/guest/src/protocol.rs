@@ -4,6 +4,9 @@
 /// Starts every line that is not log text.
 pub const PREFIX: &str = "rig: ";
 
+/// Starts the reason of a failure that is a wait without its end, and no wrong result.
+pub const TIME_RAN_OUT: &str = "time ran out";
+
 /// One line of the conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {

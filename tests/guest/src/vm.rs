@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anemone_guest_init::jail::{self, Process};
 use anemone_guest_init::place::{Guest, Place};
+use anemone_guest_init::protocol::TIME_RAN_OUT;
 
 use crate::sys;
 
@@ -56,7 +57,7 @@ impl Text {
                 let why = if guard.1 {
                     "the output ended"
                 } else {
-                    "time ran out"
+                    TIME_RAN_OUT
                 };
                 return Err(format!("{why} before {wanted:?} appeared"));
             }
@@ -153,7 +154,21 @@ impl Vm {
     /// Waits until the guest or a process of the VM has said something.
     pub fn wait_for(&self, text: &str) -> Result<()> {
         let source = self.console.as_ref().map_or(&self.output, |c| &c.1);
-        source.wait_for(text, self.patience)
+        source
+            .wait_for(text, self.patience)
+            .inspect_err(|_| self.show_threads())
+    }
+
+    /// Logs what all threads do, twice, so that those that run can be told from those that wait.
+    fn show_threads(&self) {
+        for _ in 0..2 {
+            for process in self.processes() {
+                for thread in jail::threads(process.pid) {
+                    println!("{} {}: {thread}", process.program, process.pid);
+                }
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
     }
 
     /// Everything that has been said so far.
@@ -219,7 +234,8 @@ impl Vm {
                 break status;
             }
             if Instant::now() > end {
-                return Err("the VM has not ended".into());
+                self.show_threads();
+                return Err(format!("{TIME_RAN_OUT} before the VM ended"));
             }
             thread::sleep(Duration::from_millis(20));
         };
