@@ -4,12 +4,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use anemone_device::{Chain, Device, RingError, Vring, Watch};
+use anemone_device::{Bucket, Chain, Device, RingError, Vring, Watch};
 use anemone_log::warn_limited;
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestMemoryMmap};
-
-use crate::bucket::Bucket;
 
 /// Most bytes for one chain; the specification lets the device fill a part of the buffers.
 const MAX_BYTES: u64 = 64 * 1024;

@@ -1,23 +1,21 @@
 //! `anemone-rng`: random numbers of the host for a guest, virtio-entropy over vhost-user.
 
-mod bucket;
 mod device;
 
 anemone_sandbox::include_policies!();
 
 use std::error::Error;
-use std::num::NonZeroU32;
+use std::num::NonZeroU64;
 use std::process::ExitCode;
 
 use anemone_device::lexopt::{self, Parser, ValueExt};
-use anemone_device::{About, Common, Filter, Program};
+use anemone_device::{About, Bucket, Common, Filter, Program};
 
-use bucket::Bucket;
 use device::Rng;
 
 #[derive(Default)]
 struct Options {
-    rate: Option<NonZeroU32>,
+    rate: Option<NonZeroU64>,
 }
 
 impl Program for Options {
@@ -41,7 +39,7 @@ impl Program for Options {
     }
 
     fn open(self, _: &Common) -> Result<Rng, Box<dyn Error>> {
-        let bucket = self.rate.map(Bucket::new).transpose()?;
+        let bucket = self.rate.map(|rate| Bucket::new(rate, rate)).transpose()?;
         Ok(Rng::new(bucket))
     }
 }

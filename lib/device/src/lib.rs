@@ -16,6 +16,7 @@
 //! or ends the connection, and the process serves the next one.
 
 mod args;
+mod bucket;
 mod host;
 mod jail;
 mod main_loop;
@@ -27,6 +28,7 @@ mod vring;
 pub use anemone_process::inherited_fd;
 pub use anemone_sandbox::{Filter, Mode};
 pub use args::{About, Common, parse_fd};
+pub use bucket::Bucket;
 pub use host::Host;
 pub use main_loop::{listen, run};
 pub use timer::Timer;

@@ -326,7 +326,7 @@ impl Session {
             call: ring.call.clone(),
             err: ring.err.clone(),
             features: self.features,
-            untold: false,
+            untold: 0,
         };
         device
             .start_queue(vring)

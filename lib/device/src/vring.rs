@@ -43,8 +43,8 @@ pub struct Vring {
     pub(crate) err: Option<Arc<OwnedFd>>,
     /// virtio features the driver has accepted.
     pub features: u64,
-    /// Chains were returned of which the driver has not been told.
-    pub(crate) untold: bool,
+    /// Number of chains that were returned since the driver was last told.
+    pub(crate) untold: u16,
 }
 
 impl Vring {
@@ -60,15 +60,49 @@ impl Vring {
         }
     }
 
+    /// Puts the `count` chains that were popped last back: the next [`pop`](Self::pop) returns the
+    /// first of them. None of them may have been returned to the driver.
+    pub fn put_back(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
+    }
+
     /// Returns the chain that starts at `head` to the driver, `written` bytes of it filled.
     /// [`notify`](Self::notify) tells the driver.
     ///
     /// # Errors
     /// `head` is not a descriptor of this ring.
     pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        self.untold = true;
-        let result = self.queue.add_used(&*self.memory, head, written);
-        result.map_err(|source| self.broken(source))
+        self.push_used_all(&[(head, written)])
+    }
+
+    /// Returns several chains, each with the number of bytes filled, at once: the driver sees all
+    /// of them or none.
+    ///
+    /// # Errors
+    /// As for [`push_used`](Self::push_used).
+    pub fn push_used_all(&mut self, chains: &[(u16, u32)]) -> Result<(), RingError> {
+        let size = self.queue.size();
+        // virtio 1.3, 2.7.8: flags and index, then elements of 8 bytes. The whole ring was found in
+        // guest memory when it started.
+        let ring = self.queue.used_ring();
+        let mut next = self.queue.next_used();
+        for &(head, written) in chains {
+            if head >= size {
+                return Err(self.broken(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            let element = u64::from(head) | u64::from(written) << 32;
+            let at = GuestAddress(ring + 4 + 8 * u64::from(next % size));
+            self.memory
+                .write_slice(&element.to_le_bytes(), at)
+                .map_err(|error| self.broken(virtio_queue::Error::GuestMemory(error)))?;
+            next = next.wrapping_add(1);
+            self.untold = self.untold.saturating_add(1);
+        }
+        self.queue.set_next_used(next);
+        self.memory
+            .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(|error| self.broken(virtio_queue::Error::GuestMemory(error)))
     }
 
     /// Interrupts the driver if chains were returned since the last call and it wants to know.
@@ -76,28 +110,35 @@ impl Vring {
     /// # Errors
     /// The ring cannot be read; not possible while guest memory is as it was at the start.
     pub fn notify(&mut self) -> Result<(), RingError> {
-        if std::mem::take(&mut self.untold)
+        if self.untold > 0
             && self.wants_interrupt()?
             && let Some(call) = &self.call
         {
             signal(call);
         }
+        self.untold = 0;
         Ok(())
     }
 
-    fn wants_interrupt(&mut self) -> Result<bool, RingError> {
-        if self.queue.event_idx_enabled() {
-            let needed = self.queue.needs_notification(&*self.memory);
-            return needed.map_err(|source| self.broken(source));
-        }
-        // The used index must be visible before the flag is read: the driver clears the flag and
-        // then looks at the index (virtio 1.3, 2.7.7).
+    fn wants_interrupt(&self) -> Result<bool, RingError> {
+        // The used index must be visible before the driver's wish is read: the driver changes its
+        // wish and then looks at the index (virtio 1.3, 2.7.7).
         fence(Ordering::SeqCst);
-        let flags = self
-            .memory
-            .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|error| self.broken(virtio_queue::Error::GuestMemory(error)))?;
-        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let ring = self.queue.avail_ring();
+        if !self.queue.event_idx_enabled() {
+            return Ok(self.load(ring)? & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        // Is the event index among those just passed?
+        let event = self.load(ring + 4 + 2 * u64::from(self.queue.size()))?;
+        let passed = self.queue.next_used().wrapping_sub(event);
+        Ok(passed.wrapping_sub(1) < self.untold)
+    }
+
+    fn load(&self, at: u64) -> Result<u16, RingError> {
+        self.memory
+            .load::<u16>(GuestAddress(at), Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|error| self.broken(virtio_queue::Error::GuestMemory(error)))
     }
 
     /// Asks the driver for kicks; true if chains became available meanwhile, for which no kick may
