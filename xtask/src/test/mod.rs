@@ -59,7 +59,8 @@ const GROUPS: &[Group] = &[
     },
     Group {
         name: "interop",
-        about: "QEMU boots from our vhost-user-blk server",
+        about: "QEMU on our back ends, our VMM on those of others; interop:TEXT for the tests whose \
+                names contain it",
         run: interop::run,
     },
     Group {
