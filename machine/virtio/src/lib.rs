@@ -14,6 +14,7 @@
 //! A slow or dead back end therefore delays only its own device: a driver that resets it reads
 //! the old status until the device thread is done, as the specification allows.
 
+pub mod bounce;
 mod front_end;
 mod transport;
 mod work;
