@@ -1,14 +1,17 @@
 //! The device's way to the front end and to the supervisor.
 
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anemone_ipc::Channel;
 use anemone_ipc::device::FromDevice;
+use anemone_ipc::{Channel, Error, FdIndex};
 use anemone_log::warn_limited;
 use anemone_vhost_user::BackendRequestSender;
 
-/// Carries a device's messages to the outside. Clones share one state; nothing here waits.
+/// Carries a device's messages to the outside. Clones share one state; nothing here waits, except
+/// for room in the channel to the supervisor where that is said.
 #[derive(Debug, Clone)]
 pub struct Host {
     shared: Arc<Shared>,
@@ -59,6 +62,53 @@ impl Host {
             self.send(&FromDevice::PowerRequested);
         } else {
             log::info!("there is no supervisor to press the power button");
+        }
+    }
+
+    /// Has the supervisor keep a copy of `fd` under `key`, in place of what it keeps under that key,
+    /// and give it to the process that replaces this one
+    /// ([`Device::restore`](crate::Device::restore)). Returns when that is on its way, and so
+    /// happens whatever becomes of this process; waits for room in the channel if need be. Without
+    /// a supervisor it does nothing.
+    ///
+    /// # Errors
+    /// The supervisor has gone.
+    pub fn keep(&self, key: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let fds = [fd];
+        let message = FromDevice::Keep {
+            key,
+            fd: FdIndex(0),
+        };
+        self.send_waiting(&message, &fds)
+    }
+
+    /// Has the supervisor give up what it keeps under `key`, if anything. Waits like
+    /// [`keep`](Self::keep).
+    pub fn forget(&self, key: u64) {
+        let message = FromDevice::Forget { key };
+        if let Err(error) = self.send_waiting(&message, &[]) {
+            warn_limited!("{message:?} did not reach the supervisor: {error}");
+        }
+    }
+
+    fn send_waiting(&self, message: &FromDevice, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let Some(control) = &self.shared.control else {
+            return Ok(());
+        };
+        loop {
+            match control.send(message, fds) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.is_would_block() => {}
+                Err(Error::Io(error)) => return Err(error),
+                Err(error) => return Err(io::Error::other(error)),
+            }
+            let mut poll = libc::pollfd {
+                fd: control.as_fd().as_raw_fd(),
+                events: libc::POLLOUT,
+                revents: 0,
+            };
+            // SAFETY: one valid pollfd. Whatever the result, sending is tried again and says more.
+            unsafe { libc::poll(&raw mut poll, 1, -1) };
         }
     }
 

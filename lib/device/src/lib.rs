@@ -18,6 +18,7 @@
 mod args;
 mod bucket;
 mod host;
+mod inflight;
 mod jail;
 mod main_loop;
 mod memory;
@@ -39,7 +40,7 @@ pub use lexopt;
 
 use std::error::Error;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// A descriptor to watch and the token that comes back with its events.
 pub type Watch<'a> = (BorrowedFd<'a>, u64);
@@ -69,7 +70,8 @@ pub trait Device {
 
     /// Finish or drop what the ring has in flight, stop using it and drop the [`Vring`], which
     /// keeps guest memory mapped; returns the next available index. Called only for a ring that
-    /// was started.
+    /// was started. What is dropped comes again when the ring is started the next time if the ring
+    /// [is tracked](Vring::is_tracked), and is lost to the driver if not.
     fn stop_queue(&mut self, index: usize) -> u16;
 
     /// Return to the initial state: the front end has gone or has asked for a reset. No ring is
@@ -94,6 +96,12 @@ pub trait Device {
 
     /// Called once, before anything else, with the device's way to the outside.
     fn attach(&mut self, _host: &Host) {}
+
+    /// An earlier process of this device has had this kept ([`Host::keep`]) under this key. Called
+    /// after `attach` and before there is a front end, once for each key. What the earlier process
+    /// has left in a file or in memory may be of any moment of its work, and the earlier process
+    /// may have been taken over by its guest: nothing in it is to be trusted.
+    fn restore(&mut self, _key: u64, _fd: OwnedFd) {}
 
     /// The terminal behind the device has a new size, in characters.
     fn window_size(&mut self, _columns: u16, _rows: u16) {}

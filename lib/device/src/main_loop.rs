@@ -10,9 +10,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anemone_ipc::device::{FromDevice, ToDevice};
-use anemone_ipc::{Channel, Error as ChannelError};
+use anemone_ipc::{Channel, Error as ChannelError, FdIndex};
 
 use crate::args::{self, Common, Request};
+use crate::inflight::Pool;
 use crate::session::Session;
 use crate::{Device, Filter, Host, Program, jail};
 
@@ -73,6 +74,7 @@ fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
         Failure::Open(error)
     })?;
     let mut main = MainLoop {
+        pool: Pool::new(device.queue_count()).map_err(|e| Failure::Run(e.into()))?,
         device,
         session: None,
         listener,
@@ -136,6 +138,8 @@ enum Source {
 struct MainLoop<D> {
     device: D,
     session: Option<Session>,
+    /// In-flight memory for the front end.
+    pool: Pool,
     listener: Option<UnixListener>,
     signals: OwnedFd,
     /// Without a supervisor the keyboard's interrupt ends the process; a supervisor receives the
@@ -253,7 +257,7 @@ impl<D: Device> MainLoop<D> {
             return;
         };
         self.untrimmed = true;
-        match session.handle_requests(&mut self.device) {
+        match session.handle_requests(&mut self.device, &mut self.pool) {
             Ok(()) => return,
             Err(anemone_vhost_user::Error::Closed) => log::debug!("the front end has gone"),
             Err(error) => anemone_log::warn_limited!("connection ended: {error}"),
@@ -300,6 +304,12 @@ impl<D: Device> MainLoop<D> {
             ToDevice::Connect { socket } => {
                 let socket = received.take(socket)?;
                 self.connect(socket);
+            }
+            ToDevice::Kept { ref keys } => {
+                for (index, key) in (0..).zip(keys.clone()) {
+                    let fd = received.take(FdIndex(index))?;
+                    self.device.restore(key, fd);
+                }
             }
             ToDevice::WindowSize { columns, rows } => self.device.window_size(columns, rows),
         }

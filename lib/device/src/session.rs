@@ -14,7 +14,9 @@ use anemone_vhost_user::{
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use crate::inflight::{Pool, Region, Tracker};
 use crate::memory::Memory;
+use crate::vring::Again;
 use crate::{Device, Host, Vring};
 
 const VIRTIO_RING_F_INDIRECT_DESC: u64 = 1 << 28;
@@ -26,6 +28,7 @@ const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ
     | protocol_features::CONFIG
+    | protocol_features::INFLIGHT_SHMFD
     | protocol_features::RESET_DEVICE;
 
 /// How long sending a reply may take. Replies are short, so only a front end that reads nothing
@@ -54,6 +57,8 @@ pub struct Session {
     host: Host,
     features: u64,
     memory: Option<Memory>,
+    /// Where chains in flight are tracked.
+    inflight: Option<Arc<Region>>,
     rings: Vec<Ring>,
 }
 
@@ -69,15 +74,20 @@ impl Session {
             host: host.clone(),
             features: 0,
             memory: None,
+            inflight: None,
             rings,
         }
     }
 
     /// Handles the requests that have arrived. An error ends the connection.
-    pub fn handle_requests(&mut self, device: &mut dyn Device) -> Result<(), Error> {
+    pub fn handle_requests(
+        &mut self,
+        device: &mut dyn Device,
+        pool: &mut Pool,
+    ) -> Result<(), Error> {
         for _ in 0..REQUESTS_PER_TURN {
             match self.backend.try_recv()? {
-                Some(incoming) => self.handle(incoming, device)?,
+                Some(incoming) => self.handle(incoming, device, pool)?,
                 None => break,
             }
         }
@@ -91,7 +101,12 @@ impl Session {
         device.reset();
     }
 
-    fn handle(&mut self, incoming: Incoming, device: &mut dyn Device) -> Result<(), Error> {
+    fn handle(
+        &mut self,
+        incoming: Incoming,
+        device: &mut dyn Device,
+        pool: &mut Pool,
+    ) -> Result<(), Error> {
         let Incoming {
             command,
             code,
@@ -115,6 +130,18 @@ impl Session {
                 (ring.kick, ring.call, ring.err) = (None, None, None);
                 let base = ring.base;
                 self.backend.reply_vring_base(index, base)
+            }
+            Command::GetInflightFd(asked) => {
+                let running = self.rings.iter().any(|ring| ring.started);
+                let memory = match running {
+                    true => Err("rings are started".to_owned()),
+                    false => pool.give(&asked),
+                };
+                if let Err(why) = &memory {
+                    warn_limited!("GET_INFLIGHT_FD refused: {why}");
+                }
+                let memory = memory.as_ref().ok();
+                self.backend.reply_inflight(memory.map(|(d, fd)| (d, *fd)))
             }
             other => {
                 let name = match Request::from_code(code) {
@@ -208,11 +235,18 @@ impl Session {
                 self.host.set_requests(Some(sender));
                 Ok(())
             }
+            Command::SetInflightFd { description, fd } => {
+                let region = Region::map(&description, fd.as_fd())?;
+                self.stop_all(device);
+                self.inflight = Some(Arc::new(region));
+                self.start_all(device)
+            }
             Command::Unknown(_) => Err("not known here".into()),
             Command::GetFeatures
             | Command::GetProtocolFeatures
             | Command::GetQueueNum
             | Command::GetConfig { .. }
+            | Command::GetInflightFd(_)
             | Command::GetVringBase { .. } => Ok(()),
         }
     }
@@ -292,6 +326,10 @@ impl Session {
         for ring in &mut self.rings {
             *ring = Ring::default();
         }
+        // The driver begins anew; it does not wait for what it asked for before.
+        if let Some(region) = &self.inflight {
+            region.clear_all();
+        }
     }
 
     fn stop(&mut self, number: usize, device: &mut dyn Device) {
@@ -314,8 +352,16 @@ impl Session {
         if self.features & VIRTIO_F_VERSION_1 == 0 {
             return Err("the driver has not accepted VIRTIO_F_VERSION_1".into());
         }
-        let queue = queue(ring, addr, memory, self.features)
+        let mut queue = queue(ring, addr, memory, self.features)
             .map_err(|why| format!("ring {number}: {why}"))?;
+        let (mut tracker, mut chains) = (None, None);
+        if let Some(region) = &self.inflight {
+            let used = queue.next_used();
+            let (new, recovered) = Tracker::start(region, number, ring.size, used, ring.base)?;
+            queue.set_next_avail(recovered.next_avail);
+            chains = Again::new(&recovered.again, &queue, &memory.guest)?;
+            tracker = Some(new);
+        }
         let kick = kick.try_clone().map_err(|e| e.to_string())?;
         let again = kick.try_clone().map_err(|e| e.to_string())?;
         let vring = Vring {
@@ -327,12 +373,21 @@ impl Session {
             err: ring.err.clone(),
             features: self.features,
             untold: 0,
+            tracker,
+            again: chains,
+            popped_again: false,
+            popped_new: 0,
         };
         device
             .start_queue(vring)
             .map_err(|e| format!("ring {number}: {e}"))?;
         ring.started = true;
+        // An earlier process may have taken a kick and not the chains, or returned chains and not
+        // interrupted. One of either too many does no harm.
         crate::vring::signal(&again);
+        if let Some(call) = &ring.call {
+            crate::vring::signal(call);
+        }
         Ok(())
     }
 }

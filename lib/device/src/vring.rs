@@ -7,7 +7,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::inflight::Tracker;
 
 /// A chain of descriptors that the driver has made available. Walking it ends early at a
 /// descriptor that is out of bounds, in a loop or in a nested indirect table.
@@ -26,6 +30,12 @@ pub struct RingError {
 
 /// One started virtqueue, handed to the device. It owns the ring until
 /// [`Device::stop_queue`](crate::Device::stop_queue).
+///
+/// A front end that can go on with another process when this one has ended gives the frame memory
+/// for it. Then every chain counts as in flight from [`pop`](Self::pop) to
+/// [`push_used`](Self::push_used), and what is in flight when the ring stops or the process ends,
+/// however it ends, comes out of `pop` again when the ring is started the next time, the oldest
+/// chain first. So take chains with `pop` and return them with `push_used`, never through `queue`.
 #[derive(Debug)]
 pub struct Vring {
     /// Number of the queue.
@@ -45,26 +55,75 @@ pub struct Vring {
     pub features: u64,
     /// Number of chains that were returned since the driver was last told.
     pub(crate) untold: u16,
+    /// Where what is in flight is tracked, if the front end has given memory for it.
+    pub(crate) tracker: Option<Tracker>,
+    /// Chains to be taken again.
+    pub(crate) again: Option<Again>,
+    /// The last chain came from there.
+    pub(crate) popped_again: bool,
+    /// Number of chains that have been popped and did not.
+    pub(crate) popped_new: u64,
 }
 
 impl Vring {
-    /// Takes the next available chain.
+    /// Takes the next available chain; first those that were in flight when the ring was last
+    /// stopped or its process ended.
     ///
     /// # Errors
     /// The driver claims more available chains than the ring has entries.
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        let index = self.index;
-        match self.queue.iter(Arc::clone(&self.memory)) {
-            Ok(mut available) => Ok(available.next()),
-            Err(source) => Err(RingError { index, source }),
+        self.popped_again = self.again.as_ref().is_some_and(Again::is_left);
+        if let (true, Some(again)) = (self.popped_again, &mut self.again) {
+            return Ok(again.next());
         }
+        let index = self.index;
+        let chain = match self.queue.iter(Arc::clone(&self.memory)) {
+            Ok(mut available) => available.next(),
+            Err(source) => return Err(RingError { index, source }),
+        };
+        if let (Some(chain), Some(tracker)) = (&chain, &mut self.tracker) {
+            tracker.taken(chain.head_index());
+            self.popped_new += 1;
+        }
+        Ok(chain)
+    }
+
+    /// Whether the chain that [`pop`](Self::pop) returned last had been taken before, in this
+    /// process or an earlier one, and not returned: what it asks for may have been done already,
+    /// in part or as a whole. A device for which twice is not the same as once has to look.
+    pub fn popped_again(&self) -> bool {
+        self.popped_again
+    }
+
+    /// Whether chains in flight are tracked: one that a device drops when it stops the ring comes
+    /// again. Otherwise it is lost to the driver.
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
     }
 
     /// Puts the `count` chains that were popped last back: the next [`pop`](Self::pop) returns the
     /// first of them. None of them may have been returned to the driver.
     pub fn put_back(&mut self, count: u16) {
-        let next = self.queue.next_avail().wrapping_sub(count);
-        self.queue.set_next_avail(next);
+        let Some(tracker) = &self.tracker else {
+            let next = self.queue.next_avail().wrapping_sub(count);
+            self.queue.set_next_avail(next);
+            return;
+        };
+        let new = count.min(u16::try_from(self.popped_new).unwrap_or(u16::MAX));
+        for _ in 0..new {
+            // The last one first: should the process be killed between two, those that still count
+            // as in flight are the first ones after the last that was returned.
+            let next = self.queue.next_avail().wrapping_sub(1);
+            let entry = u64::from(next % self.queue.size());
+            if let Ok(head) = self.load(self.queue.avail_ring() + 4 + 2 * entry) {
+                tracker.not_taken(head);
+            }
+            self.queue.set_next_avail(next);
+        }
+        self.popped_new -= u64::from(new);
+        if let Some(again) = &mut self.again {
+            again.put_back(count - new);
+        }
     }
 
     /// Returns the chain that starts at `head` to the driver, `written` bytes of it filled.
@@ -91,6 +150,9 @@ impl Vring {
             if head >= size {
                 return Err(self.broken(virtio_queue::Error::InvalidDescriptorIndex));
             }
+            if let Some(tracker) = &self.tracker {
+                tracker.returning(head);
+            }
             let element = u64::from(head) | u64::from(written) << 32;
             let at = GuestAddress(ring + 4 + 8 * u64::from(next % size));
             self.memory
@@ -102,7 +164,11 @@ impl Vring {
         self.queue.set_next_used(next);
         self.memory
             .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
-            .map_err(|error| self.broken(virtio_queue::Error::GuestMemory(error)))
+            .map_err(|error| self.broken(virtio_queue::Error::GuestMemory(error)))?;
+        if let Some(tracker) = &self.tracker {
+            tracker.returned(chains.iter().map(|&(head, _)| head), next);
+        }
+        Ok(())
     }
 
     /// Interrupts the driver if chains were returned since the last call and it wants to know.
@@ -148,7 +214,8 @@ impl Vring {
     /// As for [`notify`](Self::notify).
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
         let result = self.queue.enable_notification(&*self.memory);
-        result.map_err(|source| self.broken(source))
+        let more = result.map_err(|source| self.broken(source))?;
+        Ok(more || self.again.as_ref().is_some_and(Again::is_left))
     }
 
     /// Tells the driver that kicks are not needed for now. Merely a hint.
@@ -188,6 +255,73 @@ impl Vring {
             index: self.index,
             source,
         }
+    }
+}
+
+/// Chains of a ring that the driver does not offer a second time. virtio-queue makes chains only
+/// from an available ring, so this has one of its own, at a guest address where no memory is.
+#[derive(Debug)]
+pub(crate) struct Again {
+    queue: Queue,
+    /// Guest memory and that ring.
+    memory: Arc<GuestMemoryMmap>,
+    count: u16,
+}
+
+impl Again {
+    /// Chains of `queue` that start at `heads`, at most as many as it has entries.
+    ///
+    /// # Errors
+    /// There is no room for another region in guest memory.
+    pub fn new(
+        heads: &[u16],
+        queue: &Queue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Option<Self>, String> {
+        const PAGE: u64 = 4096;
+        if heads.is_empty() {
+            return Ok(None);
+        }
+        // The available ring: flags, index, and an entry for each chain (virtio 1.3, 2.7.6).
+        let words = [0, heads.len() as u16]
+            .into_iter()
+            .chain(heads.iter().copied());
+        let bytes: Vec<u8> = words.flat_map(u16::to_le_bytes).collect();
+        let mut ends = memory.iter().map(|region| region.last_addr().0);
+        let (start, memory) = ends
+            .find_map(|last| {
+                let start = GuestAddress(last.checked_add(1)?.checked_next_multiple_of(PAGE)?);
+                let size = bytes.len().next_multiple_of(PAGE as usize);
+                let region = GuestRegionMmap::from_range(start, size, None).ok()?;
+                Some((start, memory.insert_region(Arc::new(region)).ok()?))
+            })
+            .ok_or("no room for the list of chains to be taken again")?;
+        memory
+            .write_slice(&bytes, start)
+            .map_err(|e| e.to_string())?;
+        let mut own = Queue::new(queue.size()).map_err(|e| e.to_string())?;
+        own.try_set_desc_table_address(GuestAddress(queue.desc_table()))
+            .and_then(|()| own.try_set_avail_ring_address(start))
+            .map_err(|e| e.to_string())?;
+        own.set_ready(true);
+        Ok(Some(Self {
+            queue: own,
+            memory: Arc::new(memory),
+            count: heads.len() as u16,
+        }))
+    }
+
+    fn is_left(&self) -> bool {
+        self.queue.next_avail() < self.count
+    }
+
+    fn put_back(&mut self, count: u16) {
+        let next = self.queue.next_avail().saturating_sub(count);
+        self.queue.set_next_avail(next);
+    }
+
+    fn next(&mut self) -> Option<Chain> {
+        self.queue.iter(Arc::clone(&self.memory)).ok()?.next()
     }
 }
 

@@ -2,6 +2,11 @@
 //!
 //! The back end is configured by its command line, serves the connections it is given one after
 //! the other, and ends when the supervisor closes the channel.
+//!
+//! A process may end at any moment, and another with the same arguments takes its place. What the
+//! new one needs of the old one, files and memory, the old one has had the supervisor
+//! [keep](FromDevice::Keep); the new one gets it as [`ToDevice::Kept`], before its first
+//! [`ToDevice::Connect`].
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +16,12 @@ use crate::FdIndex;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ToDevice {
+    /// What an earlier process has had the supervisor keep, before any connection; in several
+    /// messages if there is much. The descriptor of each key has the key's position.
+    Kept {
+        /// The keys, none twice.
+        keys: Vec<u64>,
+    },
     /// Serve this vhost-user connection, in place of an earlier one that has ended.
     Connect {
         /// A connected stream socket.
@@ -35,6 +46,19 @@ pub enum FromDevice {
     Failed {
         /// What was wrong, for the user.
         message: String,
+    },
+    /// Keep this for the process that replaces this one, in place of what has been kept under the
+    /// same key.
+    Keep {
+        /// The device's name for it.
+        key: u64,
+        /// A copy of the descriptor.
+        fd: FdIndex,
+    },
+    /// What was kept under this key is not needed any more. There may be nothing.
+    Forget {
+        /// The device's name for it.
+        key: u64,
     },
     /// The user asked on the console to end the VM (escape key, then `x`).
     QuitRequested,

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::connection::{Connection, Message};
 use crate::message::{
-    BACKEND_CONFIG_CHANGE, FLAG_NEED_REPLY, FLAG_REPLY, MAX_CONFIG_SIZE, MAX_REGIONS, Reader,
-    Request, VRING_ADDR_LOG, VRING_NO_FD, VringAddr, Writer,
+    BACKEND_CONFIG_CHANGE, FLAG_NEED_REPLY, FLAG_REPLY, InflightDescription, MAX_CONFIG_SIZE,
+    MAX_REGIONS, Reader, Request, VRING_ADDR_LOG, VRING_NO_FD, VringAddr, Writer,
 };
 use crate::{Error, Result};
 
@@ -79,6 +79,12 @@ pub enum Command {
         data: Vec<u8>,
     },
     SetBackendReqFd(OwnedFd),
+    /// Only the numbers of queues and entries mean something.
+    GetInflightFd(InflightDescription),
+    SetInflightFd {
+        description: InflightDescription,
+        fd: OwnedFd,
+    },
     ResetDevice,
     /// A request this crate does not know, by its code.
     Unknown(u32),
@@ -142,10 +148,32 @@ impl Backend {
         self.reply(Request::GetConfig.code(), &payload.bytes(data).0)
     }
 
+    /// Answers GET_INFLIGHT_FD; `None` is an error.
+    pub fn reply_inflight(
+        &mut self,
+        region: Option<(&InflightDescription, BorrowedFd<'_>)>,
+    ) -> Result<()> {
+        const NOTHING: InflightDescription = InflightDescription {
+            size: 0,
+            offset: 0,
+            queues: 0,
+            queue_size: 0,
+        };
+        let code = Request::GetInflightFd.code();
+        match region {
+            Some((description, fd)) => self.reply_with(code, &description.write(), &[fd]),
+            None => self.reply(code, &NOTHING.write()),
+        }
+    }
+
     fn reply(&mut self, code: u32, payload: &[u8]) -> Result<()> {
+        self.reply_with(code, payload, &[])
+    }
+
+    fn reply_with(&mut self, code: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         let deadline = Instant::now() + self.timeout;
         self.connection
-            .send(code, FLAG_REPLY, payload, &[], deadline)
+            .send(code, FLAG_REPLY, payload, fds, deadline)
     }
 }
 
@@ -250,6 +278,11 @@ fn decode_payload(request: Request, payload: &[u8], fds: Vec<OwnedFd>) -> Result
                 data: data.to_vec(),
             }
         }
+        Request::GetInflightFd => Command::GetInflightFd(InflightDescription::read(&mut reader)?),
+        Request::SetInflightFd => Command::SetInflightFd {
+            description: InflightDescription::read(&mut reader)?,
+            fd: fds.take()?,
+        },
         Request::ResetDevice => Command::ResetDevice,
     };
     reader.finish()?;

@@ -1,13 +1,14 @@
 //! The front end: asks, waits and checks the answers.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use crate::connection::{Connection, Message};
 use crate::message::{
-    BACKEND_CONFIG_CHANGE, FLAG_NEED_REPLY, FLAG_REPLY, MAX_CONFIG_SIZE, MAX_REGIONS, Reader,
-    Request, VRING_ADDR_LOG, VringAddr, Writer, protocol_features,
+    BACKEND_CONFIG_CHANGE, FLAG_NEED_REPLY, FLAG_REPLY, InflightDescription, MAX_CONFIG_SIZE,
+    MAX_REGIONS, Reader, Request, VRING_ADDR_LOG, VringAddr, Writer, protocol_features,
 };
 use crate::{Error, Result};
 
@@ -217,6 +218,67 @@ impl Frontend {
         self.set(Request::SetBackendReqFd, &[], &[socket])
     }
 
+    /// Asks for memory in which the back end tracks what it has in flight on `queues` virtqueues of
+    /// up to `queue_size` entries: a file, and length and offset of the memory in it. Nothing is in
+    /// flight in it. Keep it while the driver uses the device, and ask anew when the driver has
+    /// reset it: what it was then in flight must not be taken up again.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`], after which the connection is shut down, also if the file is not sealed
+    /// against shrinking or is shorter than the back end says: a later back end that maps it would
+    /// be killed. [`Error::Refused`] if the back end has none to give.
+    pub fn get_inflight_fd(&mut self, queues: u16, queue_size: u16) -> Result<(OwnedFd, u64, u64)> {
+        let request = Request::GetInflightFd;
+        self.need(protocol_features::INFLIGHT_SHMFD, request)?;
+        let asked = InflightDescription {
+            size: 0,
+            offset: 0,
+            queues,
+            queue_size,
+        };
+        let deadline = self.send_question(request, &asked.write())?;
+        let (payload, mut fds) = self.reply_with_fds(request, deadline)?;
+        let mut reader = Reader::new(&request, &payload);
+        let description = InflightDescription::read(&mut reader)
+            .and_then(|description| reader.finish().map(|()| description));
+        let InflightDescription { size, offset, .. } =
+            description.or_else(|error| self.give_up(error))?;
+        if size == 0 && fds.is_empty() {
+            return Err(Error::Refused(request, 0));
+        }
+        let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
+            return self.give_up(Error::protocol(format!(
+                "{request} was answered with {size} bytes, and not with one descriptor"
+            )));
+        };
+        match check_sealed(fd.as_fd(), size, offset) {
+            Ok(()) => Ok((fd, size, offset)),
+            Err(why) => self.give_up(Error::protocol(format!("{request}: {why}"))),
+        }
+    }
+
+    /// Gives the back end the memory of [`get_inflight_fd`](Self::get_inflight_fd), which it or an
+    /// earlier one has made: it goes on with what is in flight there. To be sent before rings are
+    /// enabled.
+    pub fn set_inflight_fd(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        size: u64,
+        offset: u64,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<()> {
+        let request = Request::SetInflightFd;
+        self.need(protocol_features::INFLIGHT_SHMFD, request)?;
+        let description = InflightDescription {
+            size,
+            offset,
+            queues,
+            queue_size,
+        };
+        self.set(request, &description.write(), &[fd])
+    }
+
     fn set_vring_state(&mut self, request: Request, index: u16, value: u32) -> Result<()> {
         let payload = Writer::default().u32(index.into()).u32(value).0;
         self.set(request, &payload, &[])
@@ -269,14 +331,35 @@ impl Frontend {
 
     /// A request that has an answer; returns its payload.
     fn ask(&mut self, request: Request, payload: &[u8]) -> Result<Vec<u8>> {
+        let deadline = self.send_question(request, payload)?;
+        self.reply(request, deadline)
+    }
+
+    /// Until when the answer must have come.
+    fn send_question(&mut self, request: Request, payload: &[u8]) -> Result<Instant> {
         let deadline = Instant::now() + self.timeout;
         self.connection
             .send(request.code(), 0, payload, &[], deadline)
             .or_else(|error| self.give_up(error))?;
-        self.reply(request, deadline)
+        Ok(deadline)
     }
 
     fn reply(&mut self, request: Request, deadline: Instant) -> Result<Vec<u8>> {
+        let (payload, fds) = self.reply_with_fds(request, deadline)?;
+        if fds.is_empty() {
+            return Ok(payload);
+        }
+        self.give_up(Error::protocol(format!(
+            "{request} was answered with {} descriptors",
+            fds.len()
+        )))
+    }
+
+    fn reply_with_fds(
+        &mut self,
+        request: Request,
+        deadline: Instant,
+    ) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
         let Message {
             code,
             flags,
@@ -286,13 +369,12 @@ impl Frontend {
             Ok(message) => message,
             Err(error) => return self.give_up(error),
         };
-        if code != request.code() || flags != FLAG_REPLY || !fds.is_empty() {
+        if code != request.code() || flags != FLAG_REPLY {
             return self.give_up(Error::protocol(format!(
-                "{request} was answered by a message with code {code}, flags {flags:#x}, {} descriptors",
-                fds.len()
+                "{request} was answered by a message with code {code}, flags {flags:#x}"
             )));
         }
-        Ok(payload)
+        Ok((payload, fds))
     }
 
     /// Where the boundaries of messages or the state of the peer are in doubt, nothing more can be
@@ -308,6 +390,25 @@ impl AsFd for Frontend {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.connection.as_fd()
     }
+}
+
+/// Checks that a file is at least as long as `offset + size` and can never become shorter.
+fn check_sealed(fd: BorrowedFd<'_>, size: u64, offset: u64) -> std::result::Result<(), String> {
+    // SAFETY: F_GET_SEALS takes no pointer; the descriptor is open.
+    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+        return Err("its file is not memory that is sealed against shrinking".into());
+    }
+    // SAFETY: lseek takes no pointer. The position of a file of memory is of no importance.
+    let length = unsafe { libc::lseek(fd.as_raw_fd(), 0, libc::SEEK_END) };
+    let length = u64::try_from(length).map_err(|_| io::Error::last_os_error().to_string())?;
+    let fits = offset.checked_add(size).is_some_and(|end| end <= length);
+    if size == 0 || !fits {
+        return Err(format!(
+            "{size:#x} bytes at {offset:#x} of a file of {length:#x} bytes"
+        ));
+    }
+    Ok(())
 }
 
 fn config_length(size: usize) -> Result<usize> {

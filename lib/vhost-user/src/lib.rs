@@ -17,7 +17,7 @@ pub mod message;
 pub use backend::{Backend, BackendRequestSender, Command, Incoming, ReceivedRegion};
 pub use connection::{Connection, Message};
 pub use frontend::{BackendRequest, BackendRequestReceiver, Frontend, MemoryRegion};
-pub use message::{Request, VringAddr};
+pub use message::{InflightDescription, Request, VringAddr};
 
 use thiserror::Error;
 

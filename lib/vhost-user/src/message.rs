@@ -39,6 +39,8 @@ pub mod protocol_features {
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// The device configuration can be read and written.
     pub const CONFIG: u64 = 1 << 9;
+    /// What is in flight is tracked in memory that outlives the back end.
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     /// The device can be reset.
     pub const RESET_DEVICE: u64 = 1 << 13;
 }
@@ -104,6 +106,8 @@ requests! {
         SetBackendReqFd = 21, "SET_BACKEND_REQ_FD";
         GetConfig = 24, "GET_CONFIG";
         SetConfig = 25, "SET_CONFIG";
+        GetInflightFd = 31, "GET_INFLIGHT_FD";
+        SetInflightFd = 32, "SET_INFLIGHT_FD";
         ResetDevice = 34, "RESET_DEVICE";
     }
 }
@@ -125,11 +129,57 @@ pub struct VringAddr {
     pub log: Option<u64>,
 }
 
+/// Memory in which a back end tracks what it has in flight, as a message describes it (Spec,
+/// "Inflight description").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InflightDescription {
+    /// Bytes of the file that belong to it.
+    pub size: u64,
+    /// Where in the file it begins.
+    pub offset: u64,
+    /// Number of virtqueues it has room for.
+    pub queues: u16,
+    /// Number of entries of each.
+    pub queue_size: u16,
+}
+
+impl InflightDescription {
+    pub(crate) fn write(&self) -> Vec<u8> {
+        // The Spec's structure is padded to 8 bytes in every implementation.
+        Writer::default()
+            .u64(self.size)
+            .u64(self.offset)
+            .u16(self.queues)
+            .u16(self.queue_size)
+            .u32(0)
+            .0
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self> {
+        let description = Self {
+            size: reader.u64()?,
+            offset: reader.u64()?,
+            queues: reader.u16()?,
+            queue_size: reader.u16()?,
+        };
+        // With or without the padding.
+        if !reader.is_empty() {
+            reader.u32()?;
+        }
+        Ok(description)
+    }
+}
+
 /// Puts a payload together.
 #[derive(Default)]
 pub(crate) struct Writer(pub Vec<u8>);
 
 impl Writer {
+    pub fn u16(mut self, value: u16) -> Self {
+        self.0.extend_from_slice(&value.to_ne_bytes());
+        self
+    }
+
     pub fn u32(mut self, value: u32) -> Self {
         self.0.extend_from_slice(&value.to_ne_bytes());
         self
@@ -180,12 +230,21 @@ impl<'a> Reader<'a> {
         Ok(*head)
     }
 
+    pub fn u16(&mut self) -> Result<u16> {
+        Ok(u16::from_ne_bytes(self.array()?))
+    }
+
     pub fn u32(&mut self) -> Result<u32> {
         Ok(u32::from_ne_bytes(self.array()?))
     }
 
     pub fn u64(&mut self) -> Result<u64> {
         Ok(u64::from_ne_bytes(self.array()?))
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
     }
 
     /// Everything that is left.

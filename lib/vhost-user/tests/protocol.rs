@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anemone_vhost_user::message::{FLAG_NEED_REPLY, FLAG_REPLY, protocol_features};
 use anemone_vhost_user::{
     Backend, BackendRequest, BackendRequestReceiver, BackendRequestSender, Command, Connection,
-    Error, Frontend, Incoming, MemoryRegion, Message, Request, VringAddr,
+    Error, Frontend, Incoming, InflightDescription, MemoryRegion, Message, Request, VringAddr,
 };
 
 const LONG: Duration = Duration::from_secs(20);
@@ -239,6 +239,134 @@ fn every_request_arrives_as_sent() {
     peer.join().unwrap();
 }
 
+/// Memory of 8 KiB, as a back end gives it out.
+fn memory(seals: i32) -> File {
+    // SAFETY: the name is a C string; the result is a new descriptor or -1, which is checked.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"test".as_ptr(), libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0);
+        File::from(OwnedFd::from_raw_fd(fd))
+    };
+    file.set_len(8192).unwrap();
+    // SAFETY: F_ADD_SEALS takes no pointer.
+    let rc = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+    assert_eq!(rc, 0);
+    file
+}
+
+fn description(size: u64, offset: u64) -> InflightDescription {
+    InflightDescription {
+        size,
+        offset,
+        queues: 3,
+        queue_size: 256,
+    }
+}
+
+/// What the front end makes of an answer to GET_INFLIGHT_FD.
+fn inflight_answered_by(
+    answer: impl FnOnce(&mut Backend) + Send + 'static,
+) -> Result<(OwnedFd, u64, u64), Error> {
+    let (socket, peer) = with_peer(|socket| {
+        let mut backend = Backend::new(socket, LONG);
+        next(&mut backend);
+        match next(&mut backend).command {
+            Command::GetInflightFd(asked) => {
+                assert_eq!((asked.queues, asked.queue_size), (3, 256));
+            }
+            other => panic!("{other:?}"),
+        }
+        answer(&mut backend);
+        if let Ok(Some(incoming)) = poll_next(&mut backend) {
+            match incoming.command {
+                Command::SetInflightFd { description, .. } => {
+                    assert_eq!(description, self::description(4096, 4096));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    let mut front = Frontend::new(socket, LONG);
+    assert!(matches!(
+        front.get_inflight_fd(3, 256),
+        Err(Error::NotNegotiated(Request::GetInflightFd))
+    ));
+    front
+        .set_protocol_features(protocol_features::INFLIGHT_SHMFD)
+        .unwrap();
+    let result = front.get_inflight_fd(3, 256);
+    match &result {
+        Ok((fd, size, offset)) => front
+            .set_inflight_fd(fd.as_fd(), *size, *offset, 3, 256)
+            .unwrap(),
+        Err(Error::Refused(..)) => {}
+        Err(_) => assert!(front.set_owner().is_err(), "the connection goes on"),
+    }
+    drop(front);
+    peer.join().unwrap();
+    result
+}
+
+/// The next request, or the end.
+fn poll_next(backend: &mut Backend) -> Result<Option<Incoming>, Error> {
+    loop {
+        match backend.try_recv() {
+            Ok(None) => thread::yield_now(),
+            other => return other,
+        }
+    }
+}
+
+#[test]
+fn in_flight_memory_goes_there_and_back() {
+    let result = inflight_answered_by(|backend| {
+        let file = memory(libc::F_SEAL_SHRINK);
+        backend
+            .reply_inflight(Some((&description(4096, 4096), file.as_fd())))
+            .unwrap();
+    });
+    let (_, size, offset) = result.unwrap();
+    assert_eq!((size, offset), (4096, 4096));
+}
+
+#[test]
+fn front_end_refuses_in_flight_memory_that_could_kill_a_back_end() {
+    for (size, offset, seals, part) in [
+        (4096, 0, 0, "sealed"),
+        (4096, 0, libc::F_SEAL_GROW, "sealed"),
+        (8193, 0, libc::F_SEAL_SHRINK, "file of"),
+        (4096, 4097, libc::F_SEAL_SHRINK, "file of"),
+        (u64::MAX, 4096, libc::F_SEAL_SHRINK, "file of"),
+        (0, 0, libc::F_SEAL_SHRINK, "file of"),
+    ] {
+        let result = inflight_answered_by(move |backend| {
+            let file = memory(seals);
+            backend
+                .reply_inflight(Some((&description(size, offset), file.as_fd())))
+                .unwrap();
+        });
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    // A file that cannot be sealed, and none at all.
+    let result = inflight_answered_by(|backend| {
+        let file = null();
+        backend
+            .reply_inflight(Some((&description(4096, 0), file.as_fd())))
+            .unwrap();
+    });
+    assert!(matches!(result, Err(Error::Protocol(_))));
+    let result = inflight_answered_by(|backend| backend.reply_inflight(None).unwrap());
+    assert!(matches!(
+        result,
+        Err(Error::Refused(Request::GetInflightFd, 0))
+    ));
+    let result = inflight_answered_by(|backend| {
+        backend.reply_u64(Request::GetInflightFd.code(), 5).unwrap();
+    });
+    assert!(matches!(result, Err(Error::Protocol(_))));
+}
+
 fn header(code: u32, flags: u32, size: u32) -> Vec<u8> {
     [code, flags, size]
         .iter()
@@ -365,6 +493,9 @@ fn back_end_refuses_malformed_requests() {
         (table, [count(1), region.to_vec()].concat(), 1),
         (table, [count(8), region.repeat(8)].concat(), 8),
         (24, config(256, 256), 0),
+        (31, vec![0; 20], 0),
+        (31, vec![0; 24], 0),
+        (32, vec![0; 24], 1),
         (9999, vec![1, 2, 3], 2),
     ];
     for (code, payload, fds) in good {
@@ -390,6 +521,12 @@ fn back_end_refuses_malformed_requests() {
             vec![0, 0, 0, 0, 2, 0, 0, 0],
             0,
         ),
+        (31, vec![0; 19], 0),
+        (31, vec![0; 22], 0),
+        (31, vec![0; 28], 0),
+        (31, vec![0; 24], 1),
+        (32, vec![0; 24], 0),
+        (32, vec![0; 24], 2),
         (24, config(10, 9), 0),
         (25, config(u32::MAX, 2), 0),
     ];

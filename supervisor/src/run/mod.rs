@@ -420,6 +420,8 @@ impl<'a> Session<'a> {
                     let text = format!("{}: {}", child.process.name(), printable(&message));
                     return Err(self.named(index, &text));
                 }
+                // Nothing is started in the place of a process that has ended.
+                FromDevice::Keep { .. } | FromDevice::Forget { .. } => {}
                 // Only the console on this terminal has a user who can ask for something.
                 _ if !child.on_stdio() => {
                     return Err(self.backend_failure(index, Some("it broke the protocol")));

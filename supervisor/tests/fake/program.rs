@@ -225,6 +225,7 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
                     connections.push(received.take(socket).expect("socket"));
                     note(folder, &id, "connect");
                 }
+                ToDevice::Kept { keys } => note(folder, &id, &format!("kept {keys:?}")),
                 ToDevice::WindowSize { columns, rows } => {
                     note(folder, &id, &format!("window {columns}x{rows}"));
                 }
