@@ -1,6 +1,6 @@
 //! A device as a monitor sets it up.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,10 +33,12 @@ pub struct Options {
     pub features: u64,
     /// Longest wait for an answer.
     pub timeout: Duration,
+    /// Whether the back end is given memory to track in what it has in flight, if it can.
+    pub inflight: bool,
 }
 
 impl Default for Options {
-    /// 16 MiB of memory, one queue of 128 entries, all features, waits of 20 s.
+    /// 16 MiB of memory, one queue of 128 entries, all features, waits of 20 s, in-flight memory.
     fn default() -> Self {
         Self {
             memory: 16 << 20,
@@ -44,6 +46,7 @@ impl Default for Options {
             queue_size: 128,
             features: !0,
             timeout: Duration::from_secs(20),
+            inflight: true,
         }
     }
 }
@@ -61,6 +64,10 @@ pub struct Device {
     pub features: u64,
     /// The device's own requests, if it can have any.
     pub requests: Option<BackendRequestReceiver>,
+    /// Memory in which the back end tracks what is in flight: file, length, offset.
+    pub inflight: Option<(OwnedFd, u64, u64)>,
+    queue_size: u16,
+    timeout: Duration,
 }
 
 impl Device {
@@ -69,39 +76,81 @@ impl Device {
     /// # Errors
     /// A request fails.
     pub fn connect(socket: UnixStream, options: &Options) -> Result<Self> {
-        let mut frontend = Frontend::new(socket, options.timeout);
-        frontend.set_owner()?;
-        let features = frontend.features()? & (options.features | F_PROTOCOL_FEATURES);
-        let wanted = protocol_features::MQ
-            | protocol_features::REPLY_ACK
-            | protocol_features::CONFIG
-            | protocol_features::BACKEND_REQ
-            | protocol_features::RESET_DEVICE;
-        let offered = frontend.protocol_features()? & wanted;
-        frontend.set_protocol_features(offered)?;
-        frontend.set_features(features)?;
-        let mut requests = None;
-        if offered & protocol_features::BACKEND_REQ != 0 {
-            let (ours, theirs) = UnixStream::pair()?;
-            frontend.set_backend_req_fd(theirs.as_fd())?;
-            requests = Some(BackendRequestReceiver::new(ours, options.timeout));
-        }
-        let memory = Arc::new(Memory::new(options.memory)?);
-        frontend.set_mem_table(&[memory.region()])?;
         let mut device = Self {
-            frontend,
-            memory,
+            frontend: Frontend::new(socket, options.timeout),
+            memory: Arc::new(Memory::new(options.memory)?),
             queues: Vec::new(),
-            features,
-            requests,
+            features: options.features,
+            requests: None,
+            inflight: None,
+            queue_size: options.queue_size,
+            timeout: options.timeout,
         };
+        let offered = device.negotiate()?;
+        device.frontend.set_mem_table(&[device.memory.region()])?;
+        if options.inflight && offered & protocol_features::INFLIGHT_SHMFD != 0 {
+            let memory = device
+                .frontend
+                .get_inflight_fd(options.queues, options.queue_size)?;
+            device.inflight = Some(memory);
+            device.set_inflight(options.queues)?;
+        }
         for index in 0..options.queues {
-            let event_idx = features & features::EVENT_IDX != 0;
+            let event_idx = device.features & features::EVENT_IDX != 0;
             let queue = Queue::new(&device.memory, options.queue_size, event_idx)?;
             device.queues.push(queue);
             device.start_queue(index, 0)?;
         }
         Ok(device)
+    }
+
+    /// Sets the device up again over another connection, as a monitor does it when the back end
+    /// has gone and another is there: with the same features, memory and rings, and whatever is in
+    /// flight. The back end has to find out by itself where in the rings it was.
+    ///
+    /// # Errors
+    /// A request fails.
+    pub fn reconnect(&mut self, socket: UnixStream) -> Result<()> {
+        self.frontend = Frontend::new(socket, self.timeout);
+        self.negotiate()?;
+        self.frontend.set_mem_table(&[self.memory.region()])?;
+        self.set_inflight(self.queues.len() as u16)?;
+        for index in 0..self.queues.len() as u16 {
+            let base = self.queues[usize::from(index)].used_index();
+            self.start_queue(index, base)?;
+        }
+        Ok(())
+    }
+
+    /// Features and what belongs to them; the protocol features offered.
+    fn negotiate(&mut self) -> Result<u64> {
+        let frontend = &mut self.frontend;
+        frontend.set_owner()?;
+        self.features = frontend.features()? & (self.features | F_PROTOCOL_FEATURES);
+        let wanted = protocol_features::MQ
+            | protocol_features::REPLY_ACK
+            | protocol_features::CONFIG
+            | protocol_features::BACKEND_REQ
+            | protocol_features::INFLIGHT_SHMFD
+            | protocol_features::RESET_DEVICE;
+        let offered = frontend.protocol_features()? & wanted;
+        frontend.set_protocol_features(offered)?;
+        frontend.set_features(self.features)?;
+        self.requests = None;
+        if offered & protocol_features::BACKEND_REQ != 0 {
+            let (ours, theirs) = UnixStream::pair()?;
+            frontend.set_backend_req_fd(theirs.as_fd())?;
+            self.requests = Some(BackendRequestReceiver::new(ours, self.timeout));
+        }
+        Ok(offered)
+    }
+
+    fn set_inflight(&mut self, queues: u16) -> Result<()> {
+        if let Some((fd, size, offset)) = &self.inflight {
+            self.frontend
+                .set_inflight_fd(fd.as_fd(), *size, *offset, queues, self.queue_size)?;
+        }
+        Ok(())
     }
 
     /// Describes a queue to the back end and enables it; it goes on from the available index `base`.

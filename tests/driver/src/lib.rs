@@ -4,6 +4,24 @@
 //! [`Process`] starts a back end, [`Device`] sets it up as a monitor would, [`Queue`] drives a
 //! virtqueue as a guest's driver would, in good faith or not, and [`blk`] speaks virtio-blk.
 //!
+//! [`Replaceable`] is a device whose process is killed and replaced while the driver goes on, and
+//! [`Kills`] does that at random moments. A test of a device that must survive looks like this:
+//!
+//! ```text
+//!   let mut device = Replaceable::start(BINARY, &args, fds, &Options::default())?;
+//!   let mut kills = Kills::new(200, Duration::from_millis(3));      // prints the seed
+//!   while !kills.done() || in_flight > 0 {
+//!       …offer chains, unless kills.done(); publish, kick…
+//!       kills.strike(&mut device)?;                      // kills and replaces if it is time
+//!       device.device.queues[0].wait(kills.wait())?;
+//!       …take what was returned, and check what it did…
+//!   }
+//!   assert_eq!(device.device.queues[0].strays(), 0);     // nothing was returned twice
+//!   kills.report("anemone-…");                           // prints the distribution of the pause
+//! ```
+//!
+//! `ANEMONE_SEED=N` runs the same kills and the same load again; the moments are those of the host.
+//!
 //! Guest memory is one region at guest address 0. Mistakes of the caller, such as an address
 //! outside it, panic.
 
@@ -12,11 +30,13 @@ mod device;
 mod memory;
 mod process;
 mod queue;
+mod replace;
 
 pub use device::{Device, Options, features};
 pub use memory::Memory;
 pub use process::{Process, Supervised};
 pub use queue::{Buffer, Descriptor, Queue, Used, flags};
+pub use replace::{Kills, Random, Replaceable};
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};

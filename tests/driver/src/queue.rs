@@ -86,6 +86,8 @@ pub struct Queue {
     /// Available index at the last kick.
     kicked: u16,
     next_used: u16,
+    /// Chains that were returned and not in flight.
+    strays: u64,
 }
 
 impl Queue {
@@ -110,6 +112,7 @@ impl Queue {
             next_available: 0,
             kicked: 0,
             next_used: 0,
+            strays: 0,
             memory: Arc::clone(memory),
         };
         Ok(queue)
@@ -217,10 +220,22 @@ impl Queue {
             len: u32::from_le_bytes([e, f, g, h]),
         };
         self.next_used = self.next_used.wrapping_add(1);
-        if let Some(chain) = self.chains.get_mut(used.head as usize) {
-            self.free.append(chain);
+        match self.chains.get_mut(used.head as usize) {
+            Some(chain) if !chain.is_empty() => self.free.append(chain),
+            _ => self.strays += 1,
         }
         Some(used)
+    }
+
+    /// Number of chains that the device has returned although they were not in flight: a second
+    /// time, or never offered.
+    pub fn strays(&self) -> u64 {
+        self.strays
+    }
+
+    /// Number of chains in flight.
+    pub fn in_flight(&self) -> usize {
+        self.chains.iter().filter(|chain| !chain.is_empty()).count()
     }
 
     /// Waits until the device has returned a chain; false if it has not after `timeout`.
