@@ -13,6 +13,7 @@
 
 mod channel;
 pub mod device;
+pub mod keeper;
 pub mod vmm;
 
 pub use channel::{Channel, Error, Received, pair};

@@ -82,7 +82,7 @@ const fn iowr(kind: u8, number: u8, size: u32) -> u32 {
 const KVM: u8 = 0xAE;
 const BLOCK: u8 = 0x12;
 
-/// linux/kvm.h, linux/io_uring.h and linux/fs.h, which `libc` does not have.
+/// linux/kvm.h, linux/io_uring.h, linux/if_tun.h and linux/fs.h, which `libc` does not have.
 const OTHER: &[(&str, u32)] = &[
     ("SIGRTMIN", SIGRTMIN),
     ("KVM_GET_API_VERSION", io(KVM, 0x00)),
@@ -134,6 +134,8 @@ const OTHER: &[(&str, u32)] = &[
     ("IORING_REGISTER_ENABLE_RINGS", 12),
     ("IORING_REGISTER_RING_FDS", 20),
     ("IORING_UNREGISTER_RING_FDS", 21),
+    ("TUNSETOFFLOAD", iow(b'T', 208, 4)),
+    ("TUNSETQUEUE", iow(b'T', 217, 4)),
     ("BLKROGET", io(BLOCK, 94)),
     ("BLKSSZGET", io(BLOCK, 104)),
     ("BLKGETSIZE64", ior(BLOCK, 114, 8)),

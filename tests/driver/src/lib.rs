@@ -2,7 +2,8 @@
 //! its vhost-user socket. For tests, fault injection and benchmarks; no guest, no KVM.
 //!
 //! [`Process`] starts a back end, [`Device`] sets it up as a monitor would, [`Queue`] drives a
-//! virtqueue as a guest's driver would, in good faith or not, and [`blk`] speaks virtio-blk.
+//! virtqueue as a guest's driver would, in good faith or not, [`blk`] speaks virtio-blk and
+//! [`net`] virtio-net.
 //!
 //! [`Replaceable`] is a device whose process is killed and replaced while the driver goes on, and
 //! [`Kills`] does that at random moments. A test of a device that must survive looks like this:
@@ -28,6 +29,7 @@
 pub mod blk;
 mod device;
 mod memory;
+pub mod net;
 mod process;
 mod queue;
 mod replace;
