@@ -63,8 +63,7 @@ impl Buffers {
         writable: bool,
     ) -> Result<(), Malformed> {
         self.head = chain.head_index();
-        self.parts.0.clear();
-        self.len = 0;
+        self.clear();
         let mut ended = false;
         for descriptor in chain {
             if self.parts.0.len() >= MAX_PARTS {
@@ -92,6 +91,12 @@ impl Buffers {
             true => Err(Malformed::TooManyParts),
             false => Err(Malformed::Endless),
         }
+    }
+
+    /// Nothing but the head is left.
+    pub fn clear(&mut self) {
+        self.parts.0.clear();
+        self.len = 0;
     }
 
     /// Copies the first bytes out, and removes them. False if there are not enough.

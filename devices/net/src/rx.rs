@@ -337,8 +337,14 @@ impl Chains {
                 }
                 Err(malformed) => {
                     warn_limited!("a receive buffer is returned empty: {malformed}");
-                    ring.push_used(buffers.head, 0)?;
-                    self.spare.push(buffers);
+                    if self.waiting.is_empty() {
+                        ring.push_used(buffers.head, 0)?;
+                        self.spare.push(buffers);
+                    } else {
+                        // Not before those in front of it.
+                        buffers.clear();
+                        self.waiting.push_back(buffers);
+                    }
                     // A driver that adds such buffers without end must not keep the thread.
                     malformed_left -= 1;
                     if malformed_left == 0 {
@@ -404,6 +410,10 @@ impl Chains {
             let count = (self.used.len() - start) as u16;
             first.put(NUM_BUFFERS, &count.to_le_bytes());
             self.spare.push(first);
+        }
+        while let Some(empty) = self.waiting.pop_front_if(|chain| chain.len == 0) {
+            self.used.push((empty.head, 0));
+            self.spare.push(empty);
         }
     }
 

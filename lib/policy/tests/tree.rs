@@ -9,7 +9,13 @@ use anemone_policy::{Action, Denial, Policy, load, syscall_name};
 use anemone_sandbox::{Call, Instruction, evaluate, instruction};
 
 /// The packages with policies, and the policy of each one's first thread.
-const PROGRAMS: [&str; 4] = ["vmm", "devices/blk", "devices/console", "devices/rng"];
+const PROGRAMS: [&str; 5] = [
+    "vmm",
+    "devices/blk",
+    "devices/console",
+    "devices/net",
+    "devices/rng",
+];
 
 fn folder(program: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
