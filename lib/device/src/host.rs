@@ -91,6 +91,19 @@ impl Host {
         }
     }
 
+    /// Has the supervisor connect to the host's UNIX socket for a port of this device; it knows
+    /// the path. The answer is [`Device::dialed`](crate::Device::dialed) with the same `id`. Waits
+    /// like [`keep`](Self::keep).
+    ///
+    /// # Errors
+    /// The supervisor has gone, or there is none.
+    pub fn dial(&self, id: u64, port: u32) -> io::Result<()> {
+        if self.shared.control.is_none() {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        self.send_waiting(&FromDevice::Dial { id, port }, &[])
+    }
+
     fn send_waiting(&self, message: &FromDevice, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let Some(control) = &self.shared.control else {
             return Ok(());

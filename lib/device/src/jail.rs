@@ -15,7 +15,7 @@ pub fn enter(common: &Common, device: &dyn Device, filter: &'static Filter) -> R
     anemone_sandbox::enter(&ProcessJail {
         mode: common.sandbox,
         parent_pid: common.parent_pid,
-        open_files: OPEN_FILES + OPEN_FILES_PER_QUEUE * queues,
+        open_files: OPEN_FILES + OPEN_FILES_PER_QUEUE * queues + device.open_files(),
         ..ProcessJail::default()
     })?;
     anemone_sandbox::restrict(filter, common.sandbox)

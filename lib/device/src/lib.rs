@@ -103,6 +103,15 @@ pub trait Device {
     /// may have been taken over by its guest: nothing in it is to be trusted.
     fn restore(&mut self, _key: u64, _fd: OwnedFd) {}
 
+    /// Descriptors that the device has open at most, beside those of the frame and its rings: the
+    /// process is limited to so many.
+    fn open_files(&self) -> u64 {
+        0
+    }
+
+    /// The answer to [`Host::dial`]: the connected socket, or none.
+    fn dialed(&mut self, _id: u64, _socket: Option<OwnedFd>) {}
+
     /// The terminal behind the device has a new size, in characters.
     fn window_size(&mut self, _columns: u16, _rows: u16) {}
 }

@@ -311,6 +311,10 @@ impl<D: Device> MainLoop<D> {
                     self.device.restore(key, fd);
                 }
             }
+            ToDevice::Dialed { id, socket } => {
+                let socket = socket.map(|index| received.take(index)).transpose()?;
+                self.device.dialed(id, socket);
+            }
             ToDevice::WindowSize { columns, rows } => self.device.window_size(columns, rows),
         }
         Ok(ControlFlow::Continue(()))

@@ -27,6 +27,14 @@ pub enum ToDevice {
         /// A connected stream socket.
         socket: FdIndex,
     },
+    /// The answer to [`FromDevice::Dial`].
+    Dialed {
+        /// The question's.
+        id: u64,
+        /// The connected stream socket; none if nobody listens there, or there were too many
+        /// questions.
+        socket: Option<FdIndex>,
+    },
     /// The terminal on the console's standard input changed its size.
     WindowSize {
         /// Width in characters.
@@ -59,6 +67,13 @@ pub enum FromDevice {
     Forget {
         /// The device's name for it.
         key: u64,
+    },
+    /// Connect to the host's UNIX socket for this port, whose path the supervisor knows.
+    Dial {
+        /// Comes back with the answer.
+        id: u64,
+        /// A port of the device's address family.
+        port: u32,
     },
     /// The user asked on the console to end the VM (escape key, then `x`).
     QuitRequested,

@@ -16,7 +16,7 @@ pub mod device;
 pub mod keeper;
 pub mod vmm;
 
-pub use channel::{Channel, Error, Received, pair};
+pub use channel::{Channel, Error, MAX_FDS, Received, pair};
 use serde::{Deserialize, Serialize};
 
 /// Version of both protocols. Supervisor and children come from one release, so a difference

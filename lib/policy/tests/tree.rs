@@ -9,12 +9,13 @@ use anemone_policy::{Action, Denial, Policy, load, syscall_name};
 use anemone_sandbox::{Call, Instruction, evaluate, instruction};
 
 /// The packages with policies, and the policy of each one's first thread.
-const PROGRAMS: [&str; 5] = [
+const PROGRAMS: [&str; 6] = [
     "vmm",
     "devices/blk",
     "devices/console",
     "devices/net",
     "devices/rng",
+    "devices/vsock",
 ];
 
 fn folder(program: &str) -> PathBuf {

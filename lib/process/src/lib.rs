@@ -1,7 +1,10 @@
 //! What all processes of a VM do with themselves: take over inherited descriptors, and give back
 //! memory that only their start needed.
 
+use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
@@ -44,6 +47,40 @@ pub fn inherited_fd(number: RawFd) -> Result<OwnedFd, Error> {
     // SAFETY: the descriptor is open. It was inherited, as the command line is read before the
     // process opens any of its own, and the list above makes this its only owner.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Connects to the UNIX socket that stands for `port` of a guest's sockets below `path`:
+/// `path`, an underscore, and the number. Never waits: where the listener's queue is full, it fails.
+///
+/// # Errors
+/// Nobody listens there or can be asked now, or the path is too long.
+pub fn dial(path: &Path, port: u32) -> io::Result<OwnedFd> {
+    let mut bytes = path.as_os_str().as_bytes().to_vec();
+    bytes.extend_from_slice(format!("_{port}").as_bytes());
+    // SAFETY: an all-zero sockaddr_un is valid.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    // The zero at the end has to fit, too.
+    if bytes.len() >= address.sun_path.len() {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(&bytes) {
+        *to = *from as libc::c_char;
+    }
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: integers only.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nothing else owns.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let length = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address is valid, and as long as said.
+    match unsafe { libc::connect(fd, (&raw const address).cast(), length) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Gives back what only the start of the process needed: free heap, and the pages of its code and

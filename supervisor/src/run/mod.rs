@@ -421,7 +421,7 @@ impl<'a> Session<'a> {
                     return Err(self.named(index, &text));
                 }
                 // Nothing is started in the place of a process that has ended.
-                FromDevice::Keep { .. } | FromDevice::Forget { .. } => {}
+                FromDevice::Keep { .. } | FromDevice::Forget { .. } | FromDevice::Dial { .. } => {}
                 // Only the console on this terminal has a user who can ask for something.
                 _ if !child.on_stdio() => {
                     return Err(self.backend_failure(index, Some("it broke the protocol")));

@@ -226,6 +226,16 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
                     note(folder, &id, "connect");
                 }
                 ToDevice::Kept { keys } => note(folder, &id, &format!("kept {keys:?}")),
+                ToDevice::Dialed {
+                    id: question,
+                    socket,
+                } => {
+                    note(
+                        folder,
+                        &id,
+                        &format!("dialed {question} {}", socket.is_some()),
+                    );
+                }
                 ToDevice::WindowSize { columns, rows } => {
                     note(folder, &id, &format!("window {columns}x{rows}"));
                 }

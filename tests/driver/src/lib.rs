@@ -2,8 +2,8 @@
 //! its vhost-user socket. For tests, fault injection and benchmarks; no guest, no KVM.
 //!
 //! [`Process`] starts a back end, [`Device`] sets it up as a monitor would, [`Queue`] drives a
-//! virtqueue as a guest's driver would, in good faith or not, [`blk`] speaks virtio-blk and
-//! [`net`] virtio-net.
+//! virtqueue as a guest's driver would, in good faith or not, [`blk`] speaks virtio-blk,
+//! [`net`] virtio-net and [`vsock`] virtio-vsock.
 //!
 //! [`Replaceable`] is a device whose process is killed and replaced while the driver goes on, and
 //! [`Kills`] does that at random moments. A test of a device that must survive looks like this:
@@ -33,6 +33,7 @@ pub mod net;
 mod process;
 mod queue;
 mod replace;
+pub mod vsock;
 
 pub use device::{Device, Options, features};
 pub use memory::Memory;

@@ -1,14 +1,16 @@
 //! Killing a device's process and putting another in its place.
 
+use std::borrow::{Borrow, BorrowMut};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anemone_ipc::FdIndex;
 use anemone_ipc::device::{FromDevice, ToDevice};
+use anemone_ipc::{FdIndex, MAX_FDS};
 
 use crate::{Device, Error, Options, Queue, Result, Supervised};
 
@@ -21,6 +23,8 @@ pub struct Replaceable {
     fds: Vec<OwnedFd>,
     process: Supervised,
     kept: BTreeMap<u64, OwnedFd>,
+    /// Where the sockets are that the process may ask for.
+    dial: Option<PathBuf>,
     /// The device as the front end has it.
     pub device: Device,
 }
@@ -40,15 +44,34 @@ impl Replaceable {
         let mut process = Supervised::start(&binary, args, copies(&fds)?)?;
         let mut kept = BTreeMap::new();
         let device = process.device(options)?;
-        collect(&process, &mut kept, true)?;
+        collect(&process, &mut kept, None, true)?;
         Ok(Self {
             binary: binary.as_ref().to_owned(),
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             fds,
             process,
             kept,
+            dial: None,
             device,
         })
+    }
+
+    /// Connects the process from now on to the sockets below `path` that it asks for by their
+    /// ports, whenever it is [served](Self::serve).
+    pub fn dial_below(&mut self, path: &Path) {
+        self.dial = Some(path.to_owned());
+    }
+
+    /// Does what the process has asked of its supervisor.
+    ///
+    /// # Errors
+    /// It sends something that is not a message of a device.
+    pub fn serve(&mut self) -> Result<()> {
+        self.process.control.set_nonblocking(true)?;
+        let dial = self.dial.as_deref();
+        let collected = collect(&self.process, &mut self.kept, dial, false);
+        self.process.control.set_nonblocking(false)?;
+        collected
     }
 
     /// Kills the process (SIGKILL), waits until it has gone and starts another in its place, which
@@ -71,12 +94,13 @@ impl Replaceable {
         self.process.child().kill()?;
         self.process.wait()?;
         // What it sent before it died counts.
-        collect(&self.process, &mut self.kept, false)?;
+        collect(&self.process, &mut self.kept, None, false)?;
         let args: Vec<&str> = self.args.iter().map(String::as_str).collect();
         self.process = Supervised::start_stream(&self.binary, &args, copies(&self.fds)?)?;
-        if !self.kept.is_empty() {
-            let keys = self.kept.keys().copied().collect();
-            let fds: Vec<_> = self.kept.values().map(AsFd::as_fd).collect();
+        let kept: Vec<_> = self.kept.iter().collect();
+        for part in kept.chunks(MAX_FDS) {
+            let keys = part.iter().map(|(key, _)| **key).collect();
+            let fds: Vec<_> = part.iter().map(|(_, fd)| fd.as_fd()).collect();
             self.process.control.send(&ToDevice::Kept { keys }, &fds)?;
         }
         self.process.connect()
@@ -102,11 +126,20 @@ impl Replaceable {
     /// # Errors
     /// It sends something that is not a message of a device.
     pub fn kept(&mut self) -> Result<&BTreeMap<u64, OwnedFd>> {
-        self.process.control.set_nonblocking(true)?;
-        let collected = collect(&self.process, &mut self.kept, false);
-        self.process.control.set_nonblocking(false)?;
-        collected?;
+        self.serve()?;
         Ok(&self.kept)
+    }
+}
+
+impl Borrow<Device> for Replaceable {
+    fn borrow(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl BorrowMut<Device> for Replaceable {
+    fn borrow_mut(&mut self) -> &mut Device {
+        &mut self.device
     }
 }
 
@@ -118,6 +151,7 @@ fn copies(fds: &[OwnedFd]) -> io::Result<Vec<OwnedFd>> {
 fn collect(
     process: &Supervised,
     kept: &mut BTreeMap<u64, OwnedFd>,
+    dial: Option<&Path>,
     until_ready: bool,
 ) -> Result<()> {
     loop {
@@ -134,6 +168,18 @@ fn collect(
                 kept.insert(key, received.take(fd)?);
             }
             FromDevice::Forget { key } => drop(kept.remove(&key)),
+            FromDevice::Dial { id, port } => {
+                let socket = dial.and_then(|path| anemone_process::dial(path, port).ok());
+                let answer = ToDevice::Dialed {
+                    id,
+                    socket: socket.as_ref().map(|_| FdIndex(0)),
+                };
+                let fds: Vec<_> = socket.iter().map(AsFd::as_fd).collect();
+                match process.control.send(&answer, &fds) {
+                    Ok(()) | Err(anemone_ipc::Error::Closed) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
             FromDevice::Failed { .. } => return Err(Error::Timeout("it has failed")),
             FromDevice::Ready | FromDevice::QuitRequested | FromDevice::PowerRequested => {}
         }
