@@ -20,7 +20,7 @@ use crate::programs::Programs;
 use crate::registry;
 use crate::sys;
 use crate::vmm::Vmm;
-use crate::wiring::{BootFiles, Wiring};
+use crate::wiring::{BootFiles, PmemFiles, Wiring};
 
 /// Time the VMM may take to build the machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -42,6 +42,7 @@ pub fn check(
     sys::close_on_exec_from(3).map_err(system("close_range"))?;
     let boot = BootFiles::open(&vm)?;
     check_devices(&vm)?;
+    let pmem = PmemFiles::open(&vm, false)?;
     // `soft` needs nothing of the host. For other accelerators the one that runs nothing builds the
     // machine; without it, only a run can tell what the machine looks like.
     let accel = match vm.config.accel.kind {
@@ -52,9 +53,14 @@ pub fn check(
         _ => None,
     };
     let machine = match (&accel, registry::accelerator("none")) {
-        (Some(_), _) | (None, Ok(_)) => {
-            Some(build(&vm, &boot, accel.as_ref(), log_level, dump_to)?)
-        }
+        (Some(_), _) | (None, Ok(_)) => Some(build(
+            &vm,
+            &boot,
+            &pmem,
+            accel.as_ref(),
+            log_level,
+            dump_to,
+        )?),
         (None, Err(absent)) => {
             log::warn!("{absent}: the machine itself is not shown");
             None
@@ -108,6 +114,7 @@ fn check_devices(vm: &Vm) -> Result<(), Error> {
 fn build(
     vm: &Vm,
     boot: &BootFiles,
+    pmem: &PmemFiles,
     accel: Option<&Opened>,
     log_level: LevelFilter,
     dump_to: Option<&Path>,
@@ -132,6 +139,7 @@ fn build(
     Wiring {
         vm,
         boot,
+        pmem,
         accel,
         sockets: None,
         serial: vm.serial.as_ref().map(|_| &serial),

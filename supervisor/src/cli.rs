@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anemone_config::{
     Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, OnPanic, OnReboot,
-    PanicDevice, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, keyvalue,
+    PanicDevice, Pmem, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -47,8 +47,8 @@ Examples:
               --cpus 4 --memory 2G --disk root.img --disk data.img,readonly,id=data
   anemone run vm.toml --console pty --serial file=boot.log
 
-An option replaces what the file says about the same thing as a whole; --disk adds to the disks of
-the file. In lists of keys, a comma that belongs to a value is written twice.
+An option replaces what the file says about the same thing as a whole; --disk and --pmem add to
+those of the file. In lists of keys, a comma that belongs to a value is written twice.
 
 On a terminal, Ctrl-A is the escape key of the console: Ctrl-A x ends the VM, Ctrl-A p presses the
 power button, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest.
@@ -178,6 +178,15 @@ pub struct VmArgs {
         value_parser = switch::<Rng>
     )]
     rng: Option<Switch<Rng>>,
+    /// Persistent memory, a file that the guest maps; may be given several times. Keys: path, size,
+    /// readonly, id, slot, binary.
+    #[arg(
+        long,
+        value_name = "PATH[,KEY=VALUE...]",
+        value_parser = list::<Pmem>,
+        value_hint = ValueHint::FilePath
+    )]
+    pmem: Vec<Pmem>,
     /// The device by which the guest reports a kernel panic: on (the default), off or slot=N.
     #[arg(long, value_name = "on|off|slot=N", value_parser = switch::<PanicDevice>)]
     panic_device: Option<Switch<PanicDevice>>,
@@ -259,6 +268,7 @@ impl VmArgs {
         replace_optional(&mut config.console, self.console);
         replace_optional(&mut config.serial, self.serial);
         replace_optional(&mut config.rng, self.rng);
+        config.pmem.extend(self.pmem);
         replace_optional(&mut config.panic_device, self.panic_device);
         replace(&mut config.on_reboot, self.on_reboot);
         replace(&mut config.on_panic, self.on_panic);

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use anemone_config::PMEM_UNIT;
 use thiserror::Error;
 
 use crate::sys;
@@ -35,8 +36,22 @@ pub enum Reason {
     /// Not a whole number of sectors.
     #[error("the size of {0} bytes is not a multiple of 512")]
     PartialSector(u64),
+    /// Not a whole number of the pieces that persistent memory comes in.
+    #[error(
+        "the size of {0} bytes is not a multiple of 2 MiB: make it one (`truncate -s %2M FILE`), or \
+         give the guest less of it with `size`"
+    )]
+    PartialPmem(u64),
+    /// There is less than what the guest is to have.
+    #[error("`size` is {wanted} bytes, but there are only {size}")]
+    TooShort {
+        /// Size of the file.
+        size: u64,
+        /// What was asked for.
+        wanted: u64,
+    },
     /// The user may not write.
-    #[error("it is read-only and cannot be opened for writing; add `readonly` to the disk")]
+    #[error("it is read-only and cannot be opened for writing; add `readonly` to the device")]
     ReadOnly,
     /// Somebody holds the lock.
     #[error("it is in use by another VM{0}")]
@@ -86,7 +101,51 @@ pub fn open_boot_file(owner: &str, path: &Path, memory: u64) -> Result<File, Ope
 
 /// Opens a disk image, a regular file or a block device.
 pub fn open_image(id: &str, path: &Path, readonly: bool) -> Result<File, OpenError> {
-    let error = |reason| OpenError::new(format!("disk `{id}`"), path, reason);
+    let owner = format!("disk `{id}`");
+    let (file, size) = open_storage(&owner, path, readonly)?;
+    match size {
+        size if size % 512 != 0 => Err(OpenError::new(owner, path, Reason::PartialSector(size))),
+        _ => Ok(file),
+    }
+}
+
+/// A file that is persistent memory of a guest.
+#[derive(Debug)]
+pub struct PmemFile {
+    /// A regular file or a block device.
+    pub file: File,
+    /// How much of it the guest has, a multiple of 2 MiB.
+    pub size: u64,
+    /// The guest cannot write.
+    pub readonly: bool,
+}
+
+/// Opens persistent memory: `wanted` bytes of a file, or all of it.
+pub fn open_pmem(
+    id: &str,
+    path: &Path,
+    wanted: Option<u64>,
+    readonly: bool,
+) -> Result<PmemFile, OpenError> {
+    let owner = format!("pmem `{id}`");
+    let (file, size) = open_storage(&owner, path, readonly)?;
+    let reason = match wanted {
+        Some(wanted) if wanted > size => Reason::TooShort { size, wanted },
+        None if !size.is_multiple_of(PMEM_UNIT) => Reason::PartialPmem(size),
+        _ => {
+            return Ok(PmemFile {
+                file,
+                size: wanted.unwrap_or(size),
+                readonly,
+            });
+        }
+    };
+    Err(OpenError::new(owner, path, reason))
+}
+
+/// Opens a regular file or a block device that is not empty; with its size.
+fn open_storage(owner: &str, path: &Path, readonly: bool) -> Result<(File, u64), OpenError> {
+    let error = |reason| OpenError::new(owner, path, reason);
     let metadata = path.metadata().map_err(|e| error(e.into()))?;
     if !metadata.is_file() && !metadata.file_type().is_block_device() {
         return Err(error(Reason::NotA("regular file or block device")));
@@ -115,8 +174,7 @@ pub fn open_image(id: &str, path: &Path, readonly: bool) -> Result<File, OpenErr
         .map_err(|e| error(e.into()))?;
     match size {
         0 => Err(error(Reason::Empty)),
-        size if size % 512 != 0 => Err(error(Reason::PartialSector(size))),
-        _ => Ok(file),
+        size => Ok((file, size)),
     }
 }
 
@@ -126,8 +184,8 @@ fn has_no_writer(metadata: &Metadata) -> bool {
 }
 
 /// Reserves an image for this VM: for itself, or with other readers.
-pub fn lock_image(id: &str, path: &Path, file: &File, readonly: bool) -> Result<(), OpenError> {
-    let error = |reason| OpenError::new(format!("disk `{id}`"), path, reason);
+pub fn lock_image(owner: &str, path: &Path, file: &File, readonly: bool) -> Result<(), OpenError> {
+    let error = |reason| OpenError::new(owner, path, reason);
     match sys::lock(file.as_fd(), !readonly) {
         Ok(true) => Ok(()),
         Ok(false) => Err(error(Reason::Locked(if readonly {
@@ -137,7 +195,7 @@ pub fn lock_image(id: &str, path: &Path, file: &File, readonly: bool) -> Result<
         }))),
         // Some network file systems have no locks; the VM runs without.
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOLCK | libc::EOPNOTSUPP)) => {
-            log::warn!("disk `{id}`: {}: cannot be locked: {e}", path.display());
+            log::warn!("{owner}: {}: cannot be locked: {e}", path.display());
             Ok(())
         }
         Err(e) => Err(error(e.into())),
@@ -225,6 +283,25 @@ mod tests {
                 .to_string()
                 .contains("not a regular file or block device")
         );
+    }
+
+    #[test]
+    fn persistent_memory_has_whole_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        let file = File::create(&path).unwrap();
+        let open = |wanted| open_pmem("p", &path, wanted, false);
+        let message = |wanted| open(wanted).unwrap_err().to_string();
+        assert!(message(None).ends_with("the file is empty"));
+        file.set_len((5 << 20) + 1).unwrap();
+        let text = message(None);
+        assert!(text.starts_with("pmem `p`: "), "{text}");
+        assert!(text.contains("not a multiple of 2 MiB"), "{text}");
+        assert_eq!(open(Some(4 << 20)).unwrap().size, 4 << 20);
+        assert!(message(Some(6 << 20)).contains("`size` is 6291456 bytes"));
+        file.set_len(6 << 20).unwrap();
+        assert_eq!(open(None).unwrap().size, 6 << 20);
+        assert!(open_pmem("p", folder.path(), None, true).is_err());
     }
 
     #[test]

@@ -57,6 +57,13 @@ pub const DEVICES: &[Entry] = &[
         program: "anemone-console",
         default: true,
     },
+    #[cfg(feature = "pmem")]
+    Entry {
+        name: "pmem",
+        summary: "virtio persistent memory on a file or block device",
+        program: "anemone-pmem",
+        default: false,
+    },
     #[cfg(feature = "rng")]
     Entry {
         name: "rng",
@@ -138,6 +145,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
     match kind {
         Kind::Disk { .. } => "blk",
         Kind::Console { .. } => "console",
+        Kind::Pmem { .. } => "pmem",
         Kind::Rng { .. } => "rng",
     }
 }

@@ -4,13 +4,13 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use anemone_config::Vm;
+use anemone_config::{Kind, Vm};
 use anemone_ipc::FdIndex;
-use anemone_ipc::vmm::{Accel, Device, VmConfig};
+use anemone_ipc::vmm::{Accel, Device, Pmem, VmConfig};
 
 use crate::accel::Opened;
 use crate::error::{Error, system};
-use crate::files;
+use crate::files::{self, PmemFile};
 use crate::sys;
 
 /// The files that the guest boots from.
@@ -45,6 +45,43 @@ impl BootFiles {
     }
 }
 
+/// The files that are persistent memory.
+#[derive(Debug)]
+pub struct PmemFiles(Vec<Option<PmemFile>>);
+
+impl PmemFiles {
+    /// Opens them, and reserves them for this VM if it is to run.
+    pub fn open(vm: &Vm, lock: bool) -> Result<Self, Error> {
+        let open = |device: &anemone_config::Device| {
+            let Kind::Pmem {
+                path,
+                size,
+                readonly,
+            } = &device.kind
+            else {
+                return Ok(None);
+            };
+            let size = size.map(|size| size.0);
+            let pmem = files::open_pmem(device.id.as_str(), path, size, *readonly)?;
+            if lock {
+                let owner = format!("pmem `{}`", device.id);
+                files::lock_image(&owner, path, &pmem.file, *readonly)?;
+            }
+            Ok(Some(pmem))
+        };
+        vm.devices
+            .iter()
+            .map(open)
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
+    /// That of a device, by its index in the VM.
+    pub fn of(&self, device: usize) -> Option<&PmemFile> {
+        self.0.get(device)?.as_ref()
+    }
+}
+
 /// Everything a VMM is given. What is absent is absent in a `check`.
 #[derive(Debug)]
 pub struct Wiring<'a> {
@@ -52,6 +89,8 @@ pub struct Wiring<'a> {
     pub vm: &'a Vm,
     /// What it boots.
     pub boot: &'a BootFiles,
+    /// Its persistent memory.
+    pub pmem: &'a PmemFiles,
     /// What runs it.
     pub accel: Option<&'a Opened>,
     /// The vhost-user connection of each device, in their order.
@@ -105,6 +144,11 @@ impl Wiring<'_> {
                     .sockets
                     .and_then(|sockets| sockets.get(index))
                     .map(|socket| fds.add(socket)),
+                pmem: self.pmem.of(index).map(|pmem| Pmem {
+                    file: fds.add(&pmem.file),
+                    size: pmem.size,
+                    read_only: pmem.readonly,
+                }),
             });
         let devices = devices.collect();
         let config = VmConfig {

@@ -16,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::device::Starting;
 use crate::error::Error;
+use crate::pmem::{self, Pmem};
 use crate::run::Happenings;
 use crate::{accel, memory};
 
@@ -32,6 +33,7 @@ pub struct Machine {
     pub summary: Summary,
     #[cfg(feature = "serial")]
     pub serial: Option<crate::serial::Pump>,
+    pub pmem: Vec<Pmem>,
     /// The VM's memory slots point into this.
     _ram: GuestMemoryMmap,
 }
@@ -68,6 +70,10 @@ pub fn build(
     let memory_fd = received.take(config.memory_fd)?;
     let ram = memory::map_ram(&memory_fd, config.memory)?;
     memory::map_slots(&*vm, &ram)?;
+    let pmem = pmem::map(config, received, &*vm)?;
+    if !pmem.is_empty() {
+        pmem::install(happenings.wake())?;
+    }
     let shared = Arc::new(memory::shared_ram(&memory_fd, config.memory)?);
 
     // The back ends answer while the kernel is being loaded.
@@ -143,6 +149,10 @@ pub fn build(
             }
             None => (absent(device), new_work()?, None),
         };
+        let mut connected = connected;
+        if let Some(pmem) = pmem.iter().find(|pmem| pmem.slot == device.slot) {
+            connected.config = pmem.config();
+        }
         let function = add_device(&board, &vm, device, connected, &shared, work)?;
         let id = format!("1af4:{:04x}", 0x1040 + device.device_type);
         pci.push((device.slot, id, device.id.clone()));
@@ -163,7 +173,7 @@ pub fn build(
     }
     let summary = Summary {
         boot: entry.description,
-        memory_map: described_map(config.memory),
+        memory_map: described_map(config.memory, &pmem),
         ports: board
             .ports()
             .into_iter()
@@ -179,6 +189,7 @@ pub fn build(
         summary,
         #[cfg(feature = "serial")]
         serial,
+        pmem,
         _ram: ram,
     })
 }
@@ -292,7 +303,7 @@ fn load_tables(ram: &GuestMemoryMmap, config: &VmConfig) -> Result<anemone_acpi:
     Ok(tables)
 }
 
-fn described_map(memory: u64) -> Vec<(u64, u64, String)> {
+fn described_map(memory: u64, pmem: &[Pmem]) -> Vec<(u64, u64, String)> {
     let mut ranges: Vec<_> = memory::memory_map(memory)
         .into_iter()
         .map(|r| {
@@ -319,6 +330,10 @@ fn described_map(memory: u64) -> Vec<(u64, u64, String)> {
             "PCI memory, 64-bit".to_owned(),
         ),
     ]);
+    ranges.extend(pmem.iter().map(|pmem| {
+        let what = format!("persistent memory `{}`", pmem.id);
+        (pmem.start, pmem.size, what)
+    }));
     ranges.sort();
     ranges
 }

@@ -12,6 +12,7 @@ mod device;
 mod error;
 mod jail;
 mod memory;
+mod pmem;
 mod run;
 #[cfg(feature = "serial")]
 mod serial;

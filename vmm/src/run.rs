@@ -1,6 +1,6 @@
 //! Running a machine: a thread per vCPU, and the main loop that hears what happens.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{io, thread};
@@ -13,7 +13,7 @@ use anemone_virt::{Board, Outcome, PowerEvent, Signals};
 
 use crate::build::Machine;
 use crate::error::Error;
-use crate::jail;
+use crate::{jail, pmem};
 
 /// A vCPU thread runs register models and, without hardware for it, a CPU.
 const VCPU_STACK: usize = 256 << 10;
@@ -47,6 +47,11 @@ impl Happenings {
     fn set(&self, flag: u32) {
         self.flags.fetch_or(flag, Ordering::AcqRel);
         self.wake.signal();
+    }
+
+    /// Readable when something has happened.
+    pub fn wake(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
     }
 
     /// The VM cannot go on.
@@ -101,12 +106,13 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
     for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
         let (board, happenings) = (machine.board.clone(), machine.happenings.clone());
         let accel = machine.accel;
+        let has_pmem = !machine.pmem.is_empty();
         thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(VCPU_STACK)
             .spawn(move || {
                 let jail = jail::restrict_vcpu(accel, mode);
-                run_vcpu(index, vcpu, &board, &happenings, jail);
+                run_vcpu(index, vcpu, &board, &happenings, jail, has_pmem);
             })
             .map_err(Error::os("starting a vCPU thread"))?;
     }
@@ -127,7 +133,8 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
         if !orders(&machine, &channel)? {
             return Ok(());
         }
-        for event in machine.happenings.take() {
+        let lost = pmem::lost(&machine.pmem);
+        for event in machine.happenings.take().into_iter().chain(lost) {
             // A guest may report its panic as often as it likes; it is told once.
             if event != Event::Panic || !std::mem::replace(&mut panicked, true) {
                 channel.send(&FromVmm::Event(event.clone()), &[])?;
@@ -205,6 +212,7 @@ fn run_vcpu(
     board: &Board,
     to: &Arc<Happenings>,
     jail: Result<(), Error>,
+    has_pmem: bool,
 ) {
     let failed = |what: String| {
         to.fail(Event::Failed {
@@ -219,7 +227,19 @@ fn run_vcpu(
             Ok(Stop::Kicked) => {}
             Ok(Stop::TripleFault) => return to.set(TRIPLE_FAULT),
             Ok(Stop::Ended) => return to.set(SHUTDOWN),
+            // KVM has no more to say when memory is missing.
+            Err(e) if has_pmem && is_missing_memory(&e) => {
+                return failed(format!(
+                    "{e}: memory is missing; somebody may have made a file of persistent memory \
+                     shorter, or its storage has failed"
+                ));
+            }
             Err(e) => return failed(e.to_string()),
         }
     }
+}
+
+fn is_missing_memory(error: &anemone_accel_api::Error) -> bool {
+    matches!(error, anemone_accel_api::Error::Os { source, .. }
+        if source.raw_os_error() == Some(libc::EFAULT))
 }

@@ -47,6 +47,7 @@ fn rng(socket: u16) -> Device {
         queues: 1,
         config_size: 0,
         socket: Some(FdIndex(socket)),
+        pmem: None,
     }
 }
 

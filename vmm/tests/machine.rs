@@ -148,6 +148,7 @@ fn nonsense_from_the_guest_harms_nothing() {
             queues: 4,
             config_size: 60,
             socket: None,
+            pmem: None,
         });
     });
     assert!(matches!(answer, FromVmm::Ready(_)), "{answer:?}");

@@ -12,7 +12,7 @@ use crate::sh;
 /// Target of `.cargo/config.toml`, which decides where cargo puts what it builds.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const ACCELERATORS: &[&str] = &["kvm", "soft", "none"];
-const DEVICES: &[&str] = &["blk", "console", "rng"];
+const DEVICES: &[&str] = &["blk", "console", "pmem", "rng"];
 const MACHINE: &[&str] = &["serial", "panic-device"];
 
 /// A file of `configs/`.

@@ -45,7 +45,8 @@ impl RootDisk {
         sh::quiet(
             packages
                 .tool("mkfs.ext4")?
-                .args(["-q", "-F", "-L", "anemone", "-d"])
+                // A block as large as a page: persistent memory is mapped by blocks.
+                .args(["-q", "-F", "-b", "4096", "-L", "anemone", "-d"])
                 .arg(&content)
                 .arg(image)
                 .arg("16M"),

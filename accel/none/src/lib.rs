@@ -288,13 +288,13 @@ impl Shared {
             }
             Command::Read { address, width } => {
                 let mut data = vec![0; width];
-                if !self.ram(address, width, |ram| copy_out(ram, &mut data)) {
+                if !self.ram(address, width, false, |ram| copy_out(ram, &mut data)) {
                     bus.mmio_read(address, &mut data);
                 }
                 Ok(number(&data))
             }
             Command::Write { address, data } => {
-                let is_ram = self.ram(address, data.len(), |ram| copy_in(ram, &data));
+                let is_ram = self.ram(address, data.len(), true, |ram| copy_in(ram, &data));
                 if !is_ram && !self.ring(IoAddress::Mmio(address), &data) {
                     bus.mmio_write(address, &data);
                 }
@@ -302,13 +302,13 @@ impl Shared {
             }
             Command::Load { address, length } => {
                 let mut data = vec![0; length];
-                if !self.ram(address, length, |ram| copy_out(ram, &mut data)) {
+                if !self.ram(address, length, false, |ram| copy_out(ram, &mut data)) {
                     return Err(format!("{address:#x}: not {length} bytes of RAM"));
                 }
                 Ok(data.iter().map(|byte| format!("{byte:02x}")).collect())
             }
             Command::Store { address, data } => {
-                if !self.ram(address, data.len(), |ram| copy_in(ram, &data)) {
+                if !self.ram(address, data.len(), true, |ram| copy_in(ram, &data)) {
                     return Err(format!("{address:#x}: not {} bytes of RAM", data.len()));
                 }
                 Ok(String::new())
@@ -342,11 +342,15 @@ impl Shared {
         bell.inspect(|(_, _, event)| event.signal()).is_some()
     }
 
-    /// Gives `access` the host address of guest RAM; `false` if the range is not RAM.
-    fn ram(&self, address: u64, length: usize, access: impl FnOnce(*mut u8)) -> bool {
+    /// Gives `access` the host address of guest RAM; `false` if the range is not RAM, or not RAM
+    /// that can be written where it is to be.
+    fn ram(&self, address: u64, length: usize, write: bool, access: impl FnOnce(*mut u8)) -> bool {
         let state = self.lock();
         let slot = state.slots.iter().find_map(|s| {
             let at = address.checked_sub(s.guest)?;
+            if write && s.read_only {
+                return None;
+            }
             (at < s.size && s.size - at >= length as u64).then_some((s.host, at as usize))
         });
         // The lock is held meanwhile: the slot cannot be unmapped.

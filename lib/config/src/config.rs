@@ -86,6 +86,12 @@ pub struct Config {
     /// The virtio entropy source; by default there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rng: Option<Switch<Rng>>,
+    /// Persistent memory, in the order of default slots.
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "short::tables"
+    )]
+    pub pmem: Vec<Pmem>,
     /// The device by which a guest reports that its kernel panicked; by default there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub panic_device: Option<Switch<PanicDevice>>,
@@ -238,6 +244,30 @@ pub struct Rng {
     pub socket: Option<PathBuf>,
 }
 
+/// Persistent memory: a file of this host that the guest maps.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pmem {
+    /// The file: a regular file or a block device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// How much of it the guest has, from its beginning; by default all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<Size>,
+    /// The guest cannot write; several VMs may share the file.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub readonly: bool,
+    /// Name in messages, by default `pmem` and the number of the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<Id>,
+    /// PCI slot, by default 24 and the number of the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Within<1, 31>>,
+    /// Program to use in place of `anemone-pmem`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+}
+
 /// The device by which a guest reports that its kernel panicked.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -267,6 +297,9 @@ impl Short for Serial {
 }
 impl Short for Rng {
     const MAIN_KEY: Option<&'static str> = None;
+}
+impl Short for Pmem {
+    const MAIN_KEY: Option<&'static str> = Some("path");
 }
 impl Short for PanicDevice {
     const MAIN_KEY: Option<&'static str> = None;
@@ -313,6 +346,9 @@ impl Config {
             vec![&mut self.kernel, &mut self.initrd, &mut self.accel.socket];
         for disk in &mut self.disk {
             paths.extend([&mut disk.path, &mut disk.binary, &mut disk.socket]);
+        }
+        for pmem in &mut self.pmem {
+            paths.extend([&mut pmem.path, &mut pmem.binary]);
         }
         if let Some(console) = &mut self.console {
             paths.extend([

@@ -17,10 +17,12 @@ mod short;
 mod value;
 mod vm;
 
-pub use config::{Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Rng, Serial};
+pub use config::{
+    Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Rng, Serial,
+};
 pub use short::{Short, Switch};
 pub use value::{
     AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Machine, MemorySize, OnPanic,
     OnReboot, Sandbox, SinkType, Size, ValueError, Within,
 };
-pub use vm::{Backend, Device, Invalid, Kind, SerialPort, Sink, Vm};
+pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, Console, Disk, PanicDevice, Rng};
+use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
 use crate::short::Switch;
 use crate::value::{AccelType, CommandLine, Format, Id, SinkType, Size, Within};
 
@@ -18,6 +18,17 @@ pub enum Invalid {
     /// A disk without an image.
     #[error("`{0}`: needs `path` (its image) or `socket` (a back end that already runs)")]
     NoImage(String),
+    /// Persistent memory without a file.
+    #[error("`{0}`: needs `path`, the file that is the memory")]
+    NoFile(String),
+    /// Persistent memory comes in pieces.
+    #[error("`{id}`: `size`: found {size}, allowed: a multiple of 2M, at least 2M")]
+    PartialSize {
+        /// The device.
+        id: String,
+        /// What was found.
+        size: Size,
+    },
     /// A path without a character.
     #[error("`{0}`: found an empty path")]
     EmptyPath(String),
@@ -42,7 +53,7 @@ pub enum Invalid {
     /// Two devices claim a slot.
     #[error(
         "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
-         1 to 31 (by default console 1, rng 2, panic device 3, disks from 8 on)"
+         1 to 31 (by default console 1, rng 2, panic device 3, disks from 8 and pmem from 24 on)"
     )]
     SlotTaken {
         /// The slot.
@@ -52,8 +63,10 @@ pub enum Invalid {
         /// Who wants it, too.
         second: String,
     },
-    /// More disks than default slots.
-    #[error("disk `{0}`: no default slot is left (disks take 8 to 31); name one with `slot`")]
+    /// More disks or persistent memory than default slots.
+    #[error(
+        "`{0}`: no default slot is left (disks take 8 to 31, pmem 24 to 31); name one with `slot`"
+    )]
     NoSlot(String),
     /// Two devices have one name.
     #[error("the id `{0}` is used twice; every device has an id of its own")]
@@ -75,7 +88,7 @@ pub struct Vm {
     pub kernel: PathBuf,
     /// Kernel command line.
     pub cmdline: CommandLine,
-    /// virtio devices: the console, the entropy source, the disks.
+    /// virtio devices: the console, the entropy source, the disks, the persistent memory.
     pub devices: Vec<Device>,
     /// The 16550, where the machine has one.
     pub serial: Option<SerialPort>,
@@ -129,7 +142,20 @@ pub enum Kind {
         /// Most bytes per second.
         rate: Option<Size>,
     },
+    /// Persistent memory.
+    Pmem {
+        /// The file.
+        path: PathBuf,
+        /// How much of it, a multiple of [`PMEM_UNIT`]; all of it if absent.
+        size: Option<Size>,
+        /// The guest cannot write.
+        readonly: bool,
+    },
 }
+
+/// Persistent memory comes in pieces of this many bytes: what Linux can make memory of
+/// (a subsection), and a large page.
+pub const PMEM_UNIT: u64 = 2 << 20;
 
 impl Kind {
     /// virtio device type (virtio 1.2, section 5).
@@ -138,17 +164,19 @@ impl Kind {
             Self::Disk { .. } => 2,
             Self::Console { .. } => 3,
             Self::Rng { .. } => 4,
+            Self::Pmem { .. } => 27,
         }
     }
 
     /// Length of the device-specific configuration in bytes: `virtio_blk_config` up to
     /// `write_zeroes_may_unmap` and its padding (virtio 1.2, 5.2.4), `virtio_console_config`
-    /// (5.3.4), none (5.4.4).
+    /// (5.3.4), none (5.4.4). That of persistent memory (5.19.4) is not the back end's: where the
+    /// memory is, the VMM knows, which has put it there.
     pub fn config_size(&self) -> u16 {
         match self {
             Self::Disk { .. } => 60,
             Self::Console { .. } => 12,
-            Self::Rng { .. } => 0,
+            Self::Rng { .. } | Self::Pmem { .. } => 0,
         }
     }
 }
@@ -181,6 +209,7 @@ const CONSOLE_SLOT: u16 = 1;
 const RNG_SLOT: u16 = 2;
 const PANIC_SLOT: u16 = 3;
 const FIRST_DISK_SLOT: u16 = 8;
+const FIRST_PMEM_SLOT: u16 = 24;
 /// Receive and transmit (virtio 1.2, 5.3.2; without VIRTIO_CONSOLE_F_MULTIPORT).
 const CONSOLE_QUEUES: u16 = 2;
 
@@ -216,6 +245,9 @@ impl Config {
         }
         for (number, disk) in (0u16..).zip(&mut self.disk) {
             devices.push(block(disk, number, &mut names)?);
+        }
+        for (number, pmem) in (0u16..).zip(&mut self.pmem) {
+            devices.push(persistent_memory(pmem, number, &mut names)?);
         }
         let has_console = devices
             .iter()
@@ -454,6 +486,36 @@ fn block(disk: &mut Disk, number: u16, names: &mut Names) -> Result<Device, Inva
             path: disk.path.clone(),
             readonly: disk.readonly,
             serial: disk.serial.as_ref().map(ToString::to_string),
+        },
+        id,
+    })
+}
+
+fn persistent_memory(pmem: &mut Pmem, number: u16, names: &mut Names) -> Result<Device, Invalid> {
+    let id = names.take_id(&mut pmem.id, &format!("pmem{number}"))?;
+    let backend = backend(&id, pmem.binary.as_ref(), None)?;
+    let path = pmem
+        .path
+        .clone()
+        .ok_or_else(|| Invalid::NoFile(id.to_string()))?;
+    refuse_empty(&format!("{id}: path"), Some(&path))?;
+    if let Some(size) = pmem.size
+        && (size.0 == 0 || !size.0.is_multiple_of(PMEM_UNIT))
+    {
+        return Err(Invalid::PartialSize {
+            id: id.to_string(),
+            size,
+        });
+    }
+    let slot = FIRST_PMEM_SLOT.saturating_add(number);
+    Ok(Device {
+        slot: names.take_slot(&id, &mut pmem.slot, slot)?,
+        queues: 1,
+        backend,
+        kind: Kind::Pmem {
+            path,
+            size: pmem.size,
+            readonly: pmem.readonly,
         },
         id,
     })

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anemone_config::{
-    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Rng, Serial, Short, Sink,
-    SinkType, Size, Switch, Vm, Within,
+    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Pmem, Rng, Serial, Short,
+    Sink, SinkType, Size, Switch, Vm, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -154,6 +154,7 @@ fn slots_follow_the_rules_of_the_machine() {
     let vm = resolve(
         "rng = true\n\
          disk = [\"a.img\", \"b.img,slot=20,id=data\", { path = \"c.img\", queues = 4 }]\n\
+         pmem = [\"d.img\", \"e.img,size=4M,readonly\"]\n\
          console = \"none\"\nserial = \"pty\"\npanic-device = \"slot=4\"\n",
     )
     .unwrap();
@@ -169,8 +170,18 @@ fn slots_follow_the_rules_of_the_machine() {
             ("rng", 2, 1),
             ("disk0", 8, 1),
             ("data", 20, 1),
-            ("disk2", 10, 4)
+            ("disk2", 10, 4),
+            ("pmem0", 24, 1),
+            ("pmem1", 25, 1)
         ]
+    );
+    assert_eq!(
+        vm.devices[5].kind,
+        Kind::Pmem {
+            path: "e.img".into(),
+            size: Some(Size(4 << 20)),
+            readonly: true
+        }
     );
     assert_eq!(vm.panic_slot, Some(4));
     assert_eq!(vm.serial.unwrap().sink, Sink::Pty);
@@ -295,6 +306,28 @@ fn contradictions_are_refused() {
             Invalid::NoImage("disk0".to_owned()),
         ),
         (
+            "pmem = [\"readonly=on\"]",
+            Invalid::NoFile("pmem0".to_owned()),
+        ),
+        (
+            "pmem = [\"a,size=1M\"]",
+            Invalid::PartialSize {
+                id: "pmem0".to_owned(),
+                size: Size(1 << 20),
+            },
+        ),
+        (
+            "pmem = [\"a,size=0\"]",
+            Invalid::PartialSize {
+                id: "pmem0".to_owned(),
+                size: Size(0),
+            },
+        ),
+        (
+            "pmem = [\"path=\"]",
+            Invalid::EmptyPath("pmem0: path".to_owned()),
+        ),
+        (
             "disk = [\"path=\"]",
             Invalid::EmptyPath("disk0: path".to_owned()),
         ),
@@ -351,6 +384,7 @@ fn documentation() {
         unknown_key::<Console>(),
         unknown_key::<Serial>(),
         unknown_key::<Rng>(),
+        unknown_key::<Pmem>(),
         unknown_key::<PanicDevice>(),
         unknown_key::<Cpus>(),
     ] {

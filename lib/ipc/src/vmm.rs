@@ -77,6 +77,21 @@ pub struct Device {
     pub config_size: u16,
     /// Connected vhost-user stream socket; absent for a `check`.
     pub socket: Option<FdIndex>,
+    /// Persistent memory of the device, where it is one.
+    pub pmem: Option<Pmem>,
+}
+
+/// The file behind a persistent memory. The VMM puts it where the machine's rules say, and tells the
+/// guest where that is in the device's configuration space.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// The file, open for reading, and for writing unless it is read-only.
+    pub file: FdIndex,
+    /// How much of it the guest has, a multiple of 2 MiB; it is at least that long.
+    pub size: u64,
+    /// The guest cannot write.
+    pub read_only: bool,
 }
 
 /// Supervisor to VMM.

@@ -9,11 +9,12 @@ use anemone_policy::{Action, Denial, Policy, load, syscall_name};
 use anemone_sandbox::{Call, Instruction, evaluate, instruction};
 
 /// The packages with policies, and the policy of each one's first thread.
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: &[&str] = &[
     "vmm",
     "devices/blk",
     "devices/console",
     "devices/net",
+    "devices/pmem",
     "devices/rng",
     "devices/vsock",
 ];
@@ -27,8 +28,8 @@ fn folder(program: &str) -> PathBuf {
 
 fn policies() -> Vec<(&'static str, Vec<Policy>)> {
     PROGRAMS
-        .into_iter()
-        .map(|program| {
+        .iter()
+        .map(|&program| {
             (
                 program,
                 load(&folder(program)).unwrap_or_else(|e| panic!("{e}")),

@@ -10,6 +10,7 @@
 //! FFC0_0000      firmware
 //! 1_0000_0000    high RAM, then (next GiB boundary) the area for memory devices
 //! pci64_base     64-bit PCI memory, 64 GiB
+//! pmem_base      persistent memory, by slot, each at a multiple of 1 GiB
 //! ```
 //!
 //! ECAM lies where stock UEFI firmware never places a BAR, just below the I/O APIC.
@@ -102,6 +103,36 @@ pub fn pci64_base(memory: u64) -> u64 {
     (HIGH_RAM_BASE + memory * 2).next_multiple_of(PCI64_SIZE)
 }
 
+/// Persistent memory comes in pieces of this many bytes: a subsection of Linux's memory map, and a
+/// large page.
+pub const PMEM_UNIT: u64 = 2 << 20;
+/// Each persistent memory begins at a multiple of this.
+pub const PMEM_ALIGN: u64 = 1 << 30;
+
+/// Start of the area of persistent memory for a machine with `memory` bytes of RAM: right after
+/// 64-bit PCI memory.
+pub fn pmem_base(memory: u64) -> u64 {
+    pci64_base(memory) + PCI64_SIZE
+}
+
+/// Where persistent memories lie. `devices` are pairs of slot and size in bytes, in any order; the
+/// result is in the same order. They follow one another in the order of their slots. `None` if they
+/// do not end below 2^`address_bits`.
+pub fn place_pmem(memory: u64, devices: &[(u8, u64)], address_bits: u32) -> Option<Vec<u64>> {
+    let mut order: Vec<usize> = (0..devices.len()).collect();
+    order.sort_by_key(|&i| devices[i].0);
+    let mut places = vec![0; devices.len()];
+    let mut next = pmem_base(memory);
+    for i in order {
+        places[i] = next;
+        next = next
+            .checked_add(devices[i].1)?
+            .checked_next_multiple_of(PMEM_ALIGN)?;
+    }
+    let end = 1 << address_bits.min(52);
+    (devices.is_empty() || next <= end).then_some(places)
+}
+
 /// Where the BARs of the function in `slot` start after power-on.
 pub fn slot_bar_base(slot: u8) -> u64 {
     PCI32_BASE + u64::from(slot) * PCI32_PER_SLOT
@@ -130,6 +161,21 @@ mod tests {
         assert!(slot_bar_base(31) + PCI32_PER_SLOT <= ECAM_BASE);
         // The kernel takes at most 4096 routes.
         assert!(slot_first_route(31) < 4096);
+    }
+
+    #[test]
+    fn persistent_memory_lies_in_the_order_of_slots() {
+        let base = pmem_base(512 << 20);
+        assert_eq!(base, 128 << 30);
+        let gib = 1 << 30;
+        let devices = [(25, 2 << 20), (9, gib + (2 << 20)), (24, 4 * gib)];
+        let places = place_pmem(512 << 20, &devices, 48).unwrap();
+        assert_eq!(places, [base + 6 * gib, base, base + 2 * gib]);
+        // A 39-bit host has room up to 512 GiB.
+        assert!(place_pmem(512 << 20, &[(24, 384 * gib)], 39).is_some());
+        assert!(place_pmem(512 << 20, &[(24, 384 * gib + 1)], 39).is_none());
+        assert!(place_pmem(512 << 20, &[(24, u64::MAX), (25, u64::MAX)], 52).is_none());
+        assert_eq!(place_pmem(512 << 20, &[], 36), Some(vec![]));
     }
 
     #[test]

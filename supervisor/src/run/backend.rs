@@ -11,12 +11,13 @@ use anemone_ipc::{Channel, FdIndex};
 
 use crate::accel::Environment;
 use crate::error::{Error, system};
-use crate::files;
+use crate::files::{self, PmemFile};
 use crate::programs::Programs;
 use crate::registry;
 use crate::sink::{self, OpenSink};
 use crate::spawn::{Process, Program};
 use crate::vmm::control_options;
+use crate::wiring::PmemFiles;
 
 /// A back end whose files are open and whose program has been found, but which does not run yet.
 #[derive(Debug)]
@@ -46,11 +47,19 @@ enum Part {
     Console(OpenSink),
     Serial(OpenSink),
     Rng(Option<config::Size>),
+    Pmem {
+        file: OwnedFd,
+        readonly: bool,
+    },
 }
 
 impl Prepared {
     /// Opens what a virtio device needs, or connects to the back end that has it.
-    pub fn device(device: &Device, programs: &Programs) -> Result<Self, Error> {
+    pub fn device(
+        device: &Device,
+        pmem: Option<&PmemFile>,
+        programs: &Programs,
+    ) -> Result<Self, Error> {
         let id = device.id.to_string();
         let binary = match &device.backend {
             config::Backend::Process(binary) => binary.as_deref(),
@@ -80,6 +89,10 @@ impl Prepared {
                 Part::Console(sink::open(&id, sink)?)
             }
             Kind::Rng { rate } => Part::Rng(*rate),
+            Kind::Pmem { readonly, .. } => Part::Pmem {
+                file: clone_of(pmem)?,
+                readonly: *readonly,
+            },
         };
         Ok(Self {
             id,
@@ -134,7 +147,7 @@ impl Prepared {
         let (sink, stream) = match part {
             Part::Console(sink) => (Some(sink), false),
             Part::Serial(sink) => (Some(sink), true),
-            Part::Disk { .. } | Part::Rng(_) => (None, false),
+            Part::Disk { .. } | Part::Rng(_) | Part::Pmem { .. } => (None, false),
         };
         Ok((
             Backend {
@@ -176,6 +189,12 @@ impl Part {
                 program.option("--rate", rate.0);
             }
             Self::Rng(None) => {}
+            Self::Pmem { file, readonly } => {
+                program.fd_option("--file-fd", file.as_fd());
+                if *readonly {
+                    program.arg("--readonly");
+                }
+            }
         }
     }
 }
@@ -195,16 +214,25 @@ fn find(
 
 fn open_image(id: &str, path: PathBuf, readonly: bool) -> Result<File, Error> {
     let file = files::open_image(id, &path, readonly)?;
-    files::lock_image(id, &path, &file, readonly)?;
+    files::lock_image(&format!("disk `{id}`"), &path, &file, readonly)?;
     Ok(file)
 }
 
+/// The file that the VMM maps, for the process that flushes it.
+fn clone_of(pmem: Option<&PmemFile>) -> Result<OwnedFd, Error> {
+    match pmem {
+        Some(pmem) => Ok(pmem.file.try_clone().map_err(system("dup"))?.into()),
+        None => Err(Error::Failed("persistent memory without a file".to_owned())),
+    }
+}
+
 /// Opens what all devices of the VM need, in the order of [`Vm::devices`] and then the 16550.
-pub fn prepare(vm: &Vm, programs: &Programs) -> Result<Vec<Prepared>, Error> {
+pub fn prepare(vm: &Vm, pmem: &PmemFiles, programs: &Programs) -> Result<Vec<Prepared>, Error> {
     let devices = vm
         .devices
         .iter()
-        .map(|device| Prepared::device(device, programs));
+        .enumerate()
+        .map(|(index, device)| Prepared::device(device, pmem.of(index), programs));
     let serial = vm
         .serial
         .iter()

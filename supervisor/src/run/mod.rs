@@ -30,7 +30,7 @@ use crate::spawn::Process;
 use crate::sys::{self, Exit, Signals};
 use crate::terminal::RawMode;
 use crate::vmm::{Vmm, ending};
-use crate::wiring::{BootFiles, Wiring};
+use crate::wiring::{BootFiles, PmemFiles, Wiring};
 use backend::{Backend, Prepared};
 
 /// Time the processes may take until all are ready. Unpacking a kernel in a VM within a VM is slow.
@@ -57,7 +57,8 @@ pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(),
     let programs = Programs::new();
     let vmm_path = programs.find(registry::VMM, None)?;
     let boot = BootFiles::open(&vm)?;
-    let prepared = backend::prepare(&vm, &programs)?;
+    let pmem = PmemFiles::open(&vm, true)?;
+    let prepared = backend::prepare(&vm, &pmem, &programs)?;
     let environment = Environment {
         programs: &programs,
         sandbox: vm.config.sandbox,
@@ -67,6 +68,7 @@ pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(),
     let host = Host {
         vm: &vm,
         boot,
+        pmem,
         accel,
         environment,
         vmm_path,
@@ -82,6 +84,7 @@ pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(),
 struct Host<'a> {
     vm: &'a Vm,
     boot: BootFiles,
+    pmem: PmemFiles,
     accel: Opened,
     environment: Environment<'a>,
     vmm_path: PathBuf,
@@ -206,6 +209,7 @@ impl<'a> Session<'a> {
         let sent = Wiring {
             vm,
             boot: &self.host.boot,
+            pmem: &self.host.pmem,
             accel: Some(&self.host.accel),
             sockets: Some(&self.connections),
             // The 16550 comes after the devices, if there is one.

@@ -2,8 +2,8 @@
 //! its vhost-user socket. For tests, fault injection and benchmarks; no guest, no KVM.
 //!
 //! [`Process`] starts a back end, [`Device`] sets it up as a monitor would, [`Queue`] drives a
-//! virtqueue as a guest's driver would, in good faith or not, [`blk`] speaks virtio-blk,
-//! [`net`] virtio-net and [`vsock`] virtio-vsock.
+//! virtqueue as a guest's driver would, in good faith or not, and the modules named after
+//! devices, such as [`blk`], speak their languages.
 //!
 //! [`Replaceable`] is a device whose process is killed and replaced while the driver goes on, and
 //! [`Kills`] does that at random moments. A test of a device that must survive looks like this:
@@ -30,6 +30,7 @@ pub mod blk;
 mod device;
 mod memory;
 pub mod net;
+pub mod pmem;
 mod process;
 mod queue;
 mod replace;
@@ -68,6 +69,9 @@ pub enum Error {
     /// The device answered a request with this status.
     #[error("the device answered with status {0}")]
     Status(u8),
+    /// The device returned a chain that it does not have.
+    #[error("the device returned the chain at descriptor {0}, which is not in flight")]
+    NotInFlight(u32),
 }
 
 /// Result of driving a back end.

@@ -110,6 +110,56 @@ step_rng() {
     say "random bytes from $(cat /sys/class/misc/hw_random/rng_current)"
 }
 
+wait_for_pmem() {
+    tries=0
+    while [ ! -b /dev/pmem0 ] && [ $tries -lt 100 ]; do
+        usleep 20000
+        tries=$((tries + 1))
+    done
+    [ -b /dev/pmem0 ] || fail "there is no /dev/pmem0"
+}
+
+# The disk's file system, in persistent memory: its files are mapped in place, also those whose code
+# runs, and the page cache has no part in it.
+step_pmem() {
+    wait_for_pmem
+    mkdir -p /pmem
+    mount -t ext4 -o dax /dev/pmem0 /pmem || fail "cannot mount /dev/pmem0"
+    grep -q ' /pmem ext4 [^ ]*dax=always' /proc/mounts || fail "not mounted with DAX"
+    (cd /pmem && sha256sum -c payload.sha256 > /dev/null) || fail "payload differs"
+    mkdir /pmem/bin || fail "cannot write"
+    cp /bin/busybox /pmem/bin || fail "cannot copy"
+    sum=$(chroot /pmem /bin/busybox sha256sum payload) || fail "cannot run a program"
+    [ "$sum" = "$(cat /pmem/payload.sha256)" ] || fail "a program in place says $sum"
+    say "programs run in place"
+    { cat /pmem/token; uname -r; } > /pmem/written-by-guest || fail "cannot write"
+    cp /pmem/payload /pmem/copy || fail "cannot copy"
+    sync
+    umount /pmem || fail "cannot unmount"
+    say "pmem written"
+}
+
+# What is written to read-only persistent memory is dropped.
+step_pmemro() {
+    wait_for_pmem
+    before=$(sha256sum < /dev/pmem0)
+    dd if=/dev/urandom of=/dev/pmem0 bs=4096 count=4 conv=fsync 2>/dev/null
+    echo 3 > /proc/sys/vm/drop_caches
+    [ "$(sha256sum < /dev/pmem0)" = "$before" ] || fail "read-only memory has changed"
+    say "pmem unchanged"
+}
+
+# Reads persistent memory until something happens to it.
+step_pmemread() {
+    wait_for_pmem
+    say "reading"
+    while :; do
+        echo 3 > /proc/sys/vm/drop_caches
+        dd if=/dev/pmem0 of=/dev/null bs=1M 2>/dev/null || say "cannot read"
+        usleep 100000
+    done
+}
+
 # A shell, with the disk's files if there is a disk.
 step_shell() {
     if [ -b /dev/vda ] && mkdir -p /disk && mount -t ext4 /dev/vda /disk; then
@@ -146,7 +196,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | button | shell) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | button | shell | pmem | pmemro | pmemread) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

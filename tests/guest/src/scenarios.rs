@@ -129,6 +129,24 @@ pub const ALL: &[Scenario] = &[
         "a write to a read-only disk fails and changes nothing",
         disk_readonly,
     ),
+    Scenario::new(
+        "pmem",
+        "an ext4 file system in persistent memory, with DAX; code that runs in place",
+        persistent_memory,
+    )
+    .only("soft"),
+    Scenario::new(
+        "pmem-readonly",
+        "writes to read-only persistent memory are dropped",
+        persistent_memory_readonly,
+    )
+    .only("soft"),
+    Scenario::new(
+        "pmem-truncated",
+        "a file of persistent memory that becomes shorter ends the VM with a message",
+        persistent_memory_truncated,
+    )
+    .only("soft"),
     Scenario::new("console-pty", "a shell on a pseudo-terminal", console_pty),
     Scenario::new(
         "serial",
@@ -402,6 +420,45 @@ fn disk_readonly(place: &Place) -> Result<()> {
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: write refused"])?;
     vm::expect_content(&image, &content)
+}
+
+fn persistent_memory(place: &Place) -> Result<()> {
+    let pmem = format!("path={}", place.disk.display());
+    let mut vm = Vm::start(place, "pmem,poweroff", &["--pmem", &pmem, "--cpus", "2"])?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&[
+        "guest: programs run in place",
+        "guest: pmem written",
+        "guest: done",
+    ])
+}
+
+fn persistent_memory_readonly(place: &Place) -> Result<()> {
+    let image = place.scratch("readonly.img");
+    let content = vm::make_disk(place, &image, 4 << 11, 0x7065_6D65)?;
+    let pmem = format!("path={image},readonly");
+    let mut vm = Vm::start(place, "pmemro,poweroff", &["--pmem", &pmem])?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: pmem unchanged", "guest: done"])?;
+    vm::expect_content(&image, &content)
+}
+
+fn persistent_memory_truncated(place: &Place) -> Result<()> {
+    let image = place.scratch("truncated.img");
+    vm::make_disk(place, &image, 8 << 11, 1)?;
+    let pmem = format!("path={image},id=gone");
+    let mut vm = Vm::start(place, "pmemread", &["--pmem", &pmem])?;
+    vm.wait_for("guest: reading")?;
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .and_then(|file| file.set_len(2 << 20))
+        .map_err(|e| format!("{image}: {e}"))?;
+    vm.expect_exit(1)?;
+    vm.expect_said(&[
+        "device `gone`: its file has no byte 0x",
+        "made the file shorter",
+    ])
 }
 
 fn console_pty(place: &Place) -> Result<()> {

@@ -183,6 +183,38 @@ const CASES: &[Case] = &[
         words: &["512"],
     },
     Case {
+        name: "pmem of odd size",
+        arguments: &["--kernel", "DIR/tiny.elf", "--pmem", "path=DIR/odd"],
+        words: &["2 MiB"],
+    },
+    Case {
+        name: "pmem larger than its file",
+        arguments: &["--kernel", "DIR/tiny.elf", "--pmem", "DIR/disk,size=2M"],
+        words: &["65536"],
+    },
+    Case {
+        name: "pmem of half a piece",
+        arguments: &["--kernel", "DIR/tiny.elf", "--pmem", "DIR/large,size=3M"],
+        words: &["2M"],
+    },
+    Case {
+        name: "pmem is a folder",
+        arguments: &["--kernel", "DIR/tiny.elf", "--pmem", "DIR,size=2M"],
+        words: &["regular file"],
+    },
+    Case {
+        name: "one file as two persistent memories",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--pmem",
+            "DIR/large",
+            "--pmem",
+            "DIR/large",
+        ],
+        words: &["in use"],
+    },
+    Case {
         name: "configuration file does not exist",
         arguments: &["DIR/absent.toml"],
         words: &["absent.toml"],

@@ -56,7 +56,13 @@ const VMM: &str = "anemone-vmm";
 
 /// Programs whose processes are looked at and injected into. The supervisor is trusted: it opens
 /// what the user names, and is not among them.
-const PROGRAMS: &[&str] = &[VMM, "anemone-blk", "anemone-console", "anemone-rng"];
+const PROGRAMS: &[&str] = &[
+    VMM,
+    "anemone-blk",
+    "anemone-console",
+    "anemone-pmem",
+    "anemone-rng",
+];
 
 pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
     let wanted = |accel: &str| parts.is_empty() || parts.iter().any(|part| part == accel);
