@@ -5,11 +5,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anemone_device::{Device, Host, Vring, Watch};
+use anemone_log::warn_limited;
+use virtio_queue::QueueT;
 
-use crate::buffer::Buffer;
 use crate::endpoint::{ARRIVAL, Endpoint, INPUT, OUTPUT};
 use crate::escape::{Action, Escape, HELP};
 use crate::guest::{Ring, Stream};
+use crate::state::{READ_SIZE, State};
 use crate::sys;
 
 /// The configuration has the size of the terminal.
@@ -26,8 +28,9 @@ const ROUNDS: usize = 16;
 /// How long the last output may take at the end of the process, and how long a pause in it.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const LAST_PAUSE_MS: i32 = 200;
-/// Bytes read from the endpoint at once. Each may become two by the escape key.
-const READ_SIZE: usize = 256;
+// What the supervisor keeps.
+const KEPT_STATE: u64 = 0;
+const KEPT_CLIENT: u64 = 1;
 
 /// The device.
 pub struct Console {
@@ -36,11 +39,14 @@ pub struct Console {
     rings: [Option<Ring>; 2],
     /// In place of virtqueues.
     stream: Option<Stream>,
-    /// From the endpoint to the guest.
-    input: Buffer,
-    /// From the guest to the endpoint.
-    output: Buffer,
-    escape: Option<Escape>,
+    /// Bytes on their way.
+    state: State,
+    /// The supervisor keeps the state.
+    state_kept: bool,
+    /// The supervisor keeps a client.
+    client_kept: bool,
+    /// The escape key has a meaning.
+    escape: bool,
     host: Option<Host>,
     columns: u16,
     rows: u16,
@@ -57,9 +63,10 @@ impl Console {
             endpoint,
             rings: [None, None],
             stream: stream.map(|fd| Stream::new(fd.into())),
-            input: Buffer::default(),
-            output: Buffer::default(),
-            escape: escape.then(Escape::default),
+            state: State::new()?,
+            state_kept: false,
+            client_kept: false,
+            escape,
             host: None,
             columns,
             rows,
@@ -71,15 +78,16 @@ impl Console {
         for _ in 0..ROUNDS {
             let written = self.flush();
             let (mut taken, mut given) = (false, false);
+            let state = &mut self.state;
             if let Some(ring) = &mut self.rings[TRANSMITQ] {
-                taken = ring.take_output(&mut self.output);
+                taken = ring.take_output(state);
             }
             if let Some(ring) = &mut self.rings[RECEIVEQ] {
-                given = ring.give_input(&mut self.input);
+                given = ring.give_input(state);
             }
             if let Some(stream) = &mut self.stream {
-                taken = stream.take_output(&mut self.output);
-                given = stream.give_input(&mut self.input);
+                taken = stream.take_output(state);
+                given = stream.give_input(state);
             }
             if !(written || taken || given) {
                 return;
@@ -91,15 +99,39 @@ impl Console {
         }
     }
 
+    /// Has the supervisor keep what a process that replaces this one needs.
+    fn keep_state(&mut self) {
+        let Some(host) = self.host.as_ref().filter(|_| !self.state_kept) else {
+            return;
+        };
+        if let Err(error) = host.keep(KEPT_STATE, self.state.fd()) {
+            warn_limited!("a restart would lose bytes: {error}");
+        }
+        self.state_kept = true;
+    }
+
+    /// The same for the client of the socket, which comes and goes.
+    fn keep_client(&mut self) {
+        let Some(host) = &self.host else { return };
+        match self.endpoint.client() {
+            Some(client) if !self.client_kept => {
+                if let Err(error) = host.keep(KEPT_CLIENT, client) {
+                    warn_limited!("a restart would lose the client: {error}");
+                }
+                self.client_kept = true;
+            }
+            None if self.client_kept => {
+                host.forget(KEPT_CLIENT);
+                self.client_kept = false;
+            }
+            _ => {}
+        }
+    }
+
     /// Writes what the endpoint takes. Whether it took any.
     fn flush(&mut self) -> bool {
         let mut any = false;
-        while !self.output.is_empty() {
-            let written = self.endpoint.write(self.output.front());
-            if written == 0 {
-                break;
-            }
-            self.output.consume(written);
+        while self.state.output_len() > 0 && self.endpoint.write(&mut self.state) {
             any = true;
         }
         any
@@ -107,18 +139,32 @@ impl Console {
 
     fn read_input(&mut self) {
         let mut bytes = [0; READ_SIZE];
-        let room = READ_SIZE.min(self.input.room() / 2);
-        let length = self.endpoint.read(&mut bytes[..room]);
-        let Some(escape) = &mut self.escape else {
-            self.input.push(&bytes[..length]);
+        let room = READ_SIZE.min(self.state.input_room() / 2);
+        let length = self.endpoint.read(&mut self.state, &mut bytes[..room]);
+        if length > 0 {
+            self.take_input(&bytes[..length]);
+        }
+    }
+
+    /// Takes what has been typed.
+    fn take_input(&mut self, bytes: &[u8]) {
+        if !self.escape {
+            self.state.put_input(bytes, false);
             return;
-        };
-        for &key in &bytes[..length] {
-            let action = escape.key(key, |bytes| self.input.push(bytes));
+        }
+        let mut escape = Escape::new(self.state.escaped());
+        let mut input = Vec::with_capacity(2 * bytes.len());
+        let keys = bytes.iter();
+        let actions: Vec<_> = keys
+            .filter_map(|&key| escape.key(key, |bytes| input.extend(bytes)))
+            .collect();
+        // Counted first: the user who misses something presses the key again.
+        self.state.put_input(&input, escape.escaped());
+        for action in actions {
             match (action, &self.host) {
-                (Some(Action::Quit), Some(host)) => host.quit_requested(),
-                (Some(Action::Power), Some(host)) => host.power_requested(),
-                (Some(Action::Help), _) => self.output.push(HELP),
+                (Action::Quit, Some(host)) => host.quit_requested(),
+                (Action::Power, Some(host)) => host.power_requested(),
+                (Action::Help, _) => self.state.insert_output(HELP),
                 _ => {}
             }
         }
@@ -145,6 +191,9 @@ impl Device for Console {
 
     fn start_queue(&mut self, vring: Vring) -> io::Result<()> {
         let index = vring.index;
+        if index == RECEIVEQ {
+            self.state.resolve_giving(vring.queue.next_used());
+        }
         self.rings[index] = Some(Ring::new(vring));
         Ok(())
     }
@@ -157,7 +206,7 @@ impl Device for Console {
 
     fn event_fds(&self) -> Vec<Watch<'_>> {
         let mut watches = Vec::with_capacity(4);
-        let hungry = self.output.room() > 0;
+        let hungry = self.state.output_room() > 0;
         for (index, ring) in self.rings.iter().enumerate() {
             // While the endpoint does not keep up, the guest has to wait.
             let wanted = index == RECEIVEQ || hungry;
@@ -168,22 +217,23 @@ impl Device for Console {
         if let Some(stream) = self.stream.as_ref().filter(|_| hungry) {
             watches.extend(stream.file().map(|file| (file.as_fd(), STREAM)));
         }
-        watches.extend(self.endpoint.watch_input(self.input.room() > 1));
+        watches.extend(self.endpoint.watch_input(self.state.input_room() > 1));
         watches
     }
 
     fn output_fds(&self) -> Vec<Watch<'_>> {
         let mut watches = Vec::with_capacity(2);
-        if !self.output.is_empty() {
+        if self.state.output_len() > 0 {
             watches.extend(self.endpoint.output().map(|fd| (fd, OUTPUT)));
         }
-        if let Some(stream) = self.stream.as_ref().filter(|_| !self.input.is_empty()) {
+        if let Some(stream) = self.stream.as_ref().filter(|_| self.state.input_len() > 0) {
             watches.extend(stream.file().map(|file| (file.as_fd(), STREAM)));
         }
         watches
     }
 
     fn handle_event(&mut self, token: u64) {
+        self.keep_state();
         match token {
             INPUT => self.read_input(),
             ARRIVAL => self.endpoint.arrival(),
@@ -194,11 +244,33 @@ impl Device for Console {
                 }
             }
         }
+        self.keep_client();
         self.pump();
+        self.keep_client();
     }
 
     fn attach(&mut self, host: &Host) {
         self.host = Some(host.clone());
+    }
+
+    fn restore(&mut self, key: u64, fd: OwnedFd) {
+        match key {
+            KEPT_STATE => match State::restore(fd) {
+                Ok(state) => {
+                    self.state = state;
+                    self.state_kept = true;
+                    self.endpoint.resume(&mut self.state);
+                    let uncounted = self.state.uncounted();
+                    self.take_input(&uncounted);
+                }
+                Err(why) => warn_limited!("what an earlier process has left is of no use: {why}"),
+            },
+            KEPT_CLIENT => {
+                self.endpoint.restore_client(fd);
+                self.client_kept = true;
+            }
+            _ => {}
+        }
     }
 
     fn window_size(&mut self, columns: u16, rows: u16) {
@@ -218,7 +290,8 @@ impl Drop for Console {
             let Some(output) = self.endpoint.output() else {
                 return;
             };
-            if self.output.is_empty() || sys::poll(output, libc::POLLOUT, LAST_PAUSE_MS) == 0 {
+            if self.state.output_len() == 0 || sys::poll(output, libc::POLLOUT, LAST_PAUSE_MS) == 0
+            {
                 return;
             }
         }

@@ -2,7 +2,7 @@
 //! nobody is there is lost, as on a serial line with nothing plugged in.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use anemone_device::{Timer, Watch};
 use anemone_log::warn_limited;
 
+use crate::state::{CAPACITY, State};
 use crate::sys;
 
 /// Token of the descriptor that can be read.
@@ -40,6 +41,8 @@ enum Kind {
         output: Option<File>,
         /// Writing may wait, so it is done in small pieces.
         careful: bool,
+        /// The output is appended to a file.
+        appends: bool,
     },
     /// The master of a pseudo-terminal; the timer runs while nobody has the other side open.
     Pty { master: File, absent: Timer },
@@ -55,11 +58,13 @@ impl Endpoint {
     pub fn pair(input: Option<OwnedFd>, output: OwnedFd) -> io::Result<Self> {
         let size = input.as_ref().and_then(|fd| sys::window_size(fd.as_fd()));
         let input = input.map(|fd| sys::nonblocking(fd, false)).transpose()?;
+        let appends = sys::appends(output.as_fd())?;
         let (output, careful) = sys::nonblocking(output, true)?;
         let kind = Kind::Pair {
             input: input.map(|(fd, _)| fd.into()),
             output: Some(output.into()),
             careful,
+            appends,
         };
         Ok(Self {
             kind,
@@ -76,12 +81,15 @@ impl Endpoint {
         Ok(endpoint)
     }
 
-    /// The master of a pseudo-terminal that nobody has opened yet.
+    /// The master of a pseudo-terminal. Somebody may have opened it while an earlier process served
+    /// it.
     pub fn pty(master: OwnedFd) -> io::Result<Self> {
         sys::prepare_pty(master.as_fd())?;
         sys::set_nonblocking(master.as_fd())?;
         let mut absent = Timer::new()?;
-        absent.set(PTY_NAP)?;
+        if sys::poll(master.as_fd(), 0, 0) & libc::POLLHUP != 0 {
+            absent.set(PTY_NAP)?;
+        }
         let kind = Kind::Pty {
             master: master.into(),
             absent,
@@ -140,8 +148,11 @@ impl Endpoint {
         }
     }
 
-    /// Reads what has been typed; the number of bytes, 0 for none.
-    pub fn read(&mut self, buffer: &mut [u8]) -> usize {
+    /// Reads what has been typed; the number of bytes, 0 for none. [`State::put_input`] counts them.
+    pub fn read(&mut self, state: &mut State, buffer: &mut [u8]) -> usize {
+        if buffer.is_empty() {
+            return 0;
+        }
         let result = match &mut self.kind {
             Kind::Pair {
                 input: Some(file), ..
@@ -150,7 +161,7 @@ impl Endpoint {
             Kind::Unix {
                 client: Some(client),
                 ..
-            } => client.read(buffer),
+            } => state.receive(client.as_fd(), buffer),
             _ => return 0,
         };
         match result {
@@ -164,35 +175,39 @@ impl Endpoint {
         }
     }
 
-    /// Writes some of `bytes`; how many, 0 if the peer takes none now.
-    pub fn write(&mut self, bytes: &[u8]) -> usize {
+    /// Writes some of the output; whether the peer has taken any.
+    pub fn write(&mut self, state: &mut State) -> bool {
         if let Kind::Pty { master, .. } = &self.kind
             && sys::poll(master.as_fd(), 0, 0) & libc::POLLHUP != 0
         {
             // The kernel would keep the bytes for whoever comes next, and then stop taking any.
             self.input_gone();
         }
-        let part = match &self.kind {
-            Kind::Pair { careful: true, .. } => &bytes[..bytes.len().min(CAREFUL_SIZE)],
-            _ => bytes,
+        let limit = match &self.kind {
+            Kind::Pair { careful: true, .. } => CAREFUL_SIZE,
+            _ => CAPACITY,
         };
-        let result = match &mut self.kind {
+        let result = match &self.kind {
             Kind::Pair {
-                output: Some(file), ..
-            } => file.write(part),
-            Kind::Pty { master, absent } if absent.watch().is_none() => master.write(part),
-            Kind::Unix {
-                client: Some(client),
+                output: Some(file),
+                appends: true,
                 ..
-            } => client.write(part),
-            _ => return bytes.len(),
+            } => state.append(file),
+            _ => match self.output() {
+                Some(output) => state.send(output, limit),
+                None => {
+                    state.skip_output(CAPACITY);
+                    return true;
+                }
+            },
         };
         match result {
-            Ok(n) => n,
-            Err(error) if is_temporary(&error) => 0,
+            Ok(n) => n > 0,
+            Err(error) if is_temporary(&error) => false,
             Err(error) if error.kind() == io::ErrorKind::StorageFull => {
                 warn_limited!("console output is lost: {error}");
-                part.len()
+                state.skip_output(limit);
+                true
             }
             Err(error) => {
                 log::debug!("console output: {error}");
@@ -200,7 +215,39 @@ impl Endpoint {
                     Kind::Pair { output, .. } => *output = None,
                     _ => self.input_gone(),
                 }
-                bytes.len()
+                state.skip_output(CAPACITY);
+                true
+            }
+        }
+    }
+
+    /// The output goes on that an earlier process may have been writing.
+    pub fn resume(&self, state: &mut State) {
+        if let Kind::Pair {
+            output: Some(file),
+            appends: true,
+            ..
+        } = &self.kind
+        {
+            state.resolve_append(file);
+        }
+    }
+
+    /// The client of the socket, if there is one.
+    pub fn client(&self) -> Option<BorrowedFd<'_>> {
+        match &self.kind {
+            Kind::Unix { client, .. } => client.as_ref().map(UnixStream::as_fd),
+            _ => None,
+        }
+    }
+
+    /// Goes on with the client of an earlier process.
+    pub fn restore_client(&mut self, fd: OwnedFd) {
+        if let Kind::Unix { client, .. } = &mut self.kind {
+            let socket = UnixStream::from(fd);
+            match socket.set_nonblocking(true) {
+                Ok(()) => *client = Some(socket),
+                Err(error) => log::error!("console client: {error}"),
             }
         }
     }

@@ -22,13 +22,23 @@ pub enum Action {
 }
 
 /// Finds the escape key in what is typed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Escape {
     /// The last key was the escape key.
     escaped: bool,
 }
 
 impl Escape {
+    /// After a key that was, or was not, the escape key.
+    pub fn new(escaped: bool) -> Self {
+        Self { escaped }
+    }
+
+    /// Whether the last key was the escape key.
+    pub fn escaped(&self) -> bool {
+        self.escaped
+    }
+
     /// Takes one key. Passes what is for the guest to `send`, up to two bytes: a key that has no
     /// meaning after Ctrl-A is sent with it.
     pub fn key(&mut self, key: u8, mut send: impl FnMut(&[u8])) -> Option<Action> {
@@ -57,7 +67,7 @@ mod tests {
 
     #[test]
     fn keys_and_actions() {
-        let mut escape = Escape::default();
+        let mut escape = Escape::new(false);
         let mut sent: Vec<u8> = Vec::new();
         let mut actions = Vec::new();
         for key in *b"ab\x01xx\x01pp\x01hh\x01\x01c\x01l" {

@@ -9,7 +9,7 @@ use anemone_log::warn_limited;
 use virtio_queue::{DescriptorChainRwIter, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::buffer::Buffer;
+use crate::state::State;
 
 /// Chains handled in one call, so that empty ones do not keep the main loop.
 const CHAINS_PER_CALL: usize = 32;
@@ -22,6 +22,8 @@ pub struct Ring {
     broken: bool,
     /// A chain of the transmit queue that is not used up.
     partial: Option<Partial>,
+    /// The chain in progress when the ring was last stopped has come again.
+    resumed: bool,
 }
 
 struct Partial {
@@ -29,6 +31,8 @@ struct Partial {
     rest: DescriptorChainRwIter<Arc<GuestMemoryMmap>>,
     addr: GuestAddress,
     left: u32,
+    /// Bytes that were taken before the ring was last stopped.
+    skip: u64,
 }
 
 impl Ring {
@@ -37,6 +41,7 @@ impl Ring {
             vring,
             broken: false,
             partial: None,
+            resumed: false,
         }
     }
 
@@ -51,19 +56,19 @@ impl Ring {
     }
 
     /// Takes the guest's output. Whether anything was done.
-    pub fn take_output(&mut self, output: &mut Buffer) -> bool {
-        self.guarded(|ring| ring.try_take_output(output))
+    pub fn take_output(&mut self, state: &mut State) -> bool {
+        self.guarded(|ring| ring.try_take_output(state))
     }
 
     /// Gives the guest its input. Whether anything was done.
-    pub fn give_input(&mut self, input: &mut Buffer) -> bool {
-        self.guarded(|ring| ring.try_give_input(input))
+    pub fn give_input(&mut self, state: &mut State) -> bool {
+        self.guarded(|ring| ring.try_give_input(state))
     }
 
-    /// Ends the use of the ring; the next available index. What is left of a chain that was
-    /// begun is dropped.
+    /// Ends the use of the ring; the next available index. A chain that was begun comes again when
+    /// the ring starts; where that cannot be, what is left of it is dropped.
     pub fn stop(mut self) -> u16 {
-        if let Some(partial) = self.partial.take() {
+        if let Some(partial) = self.partial.take_if(|_| !self.vring.is_tracked()) {
             let vring = &mut self.vring;
             let done = vring.push_used(partial.head, 0);
             if let Err(error) = done.and_then(|()| vring.notify()) {
@@ -84,28 +89,37 @@ impl Ring {
         })
     }
 
-    fn try_take_output(&mut self, output: &mut Buffer) -> Result<bool, RingError> {
+    fn try_take_output(&mut self, state: &mut State) -> Result<bool, RingError> {
         let mut done = 0;
-        while output.room() > 0 && done < CHAINS_PER_CALL {
+        while state.output_room() > 0 && done < CHAINS_PER_CALL {
             let mut partial = match self.partial.take() {
                 Some(partial) => partial,
-                None => match self.vring.pop()? {
-                    Some(chain) => Partial {
+                None => {
+                    // Before it is taken: it counts as begun from the moment it is.
+                    let resumes = self.vring.pops_again() && !self.resumed;
+                    if !resumes {
+                        state.begin_chain();
+                    }
+                    let Some(chain) = self.vring.pop()? else {
+                        // More has come meanwhile, or a driver plays with the index: it counts.
+                        if self.vring.enable_kicks()? {
+                            done += 1;
+                            continue;
+                        }
+                        break;
+                    };
+                    self.resumed |= resumes;
+                    Partial {
                         head: chain.head_index(),
                         rest: chain.readable(),
                         addr: GuestAddress(0),
                         left: 0,
-                    },
-                    // More has come meanwhile, or a driver plays with the index: it counts.
-                    None if self.vring.enable_kicks()? => {
-                        done += 1;
-                        continue;
+                        skip: state.chain_progress(),
                     }
-                    None => break,
-                },
+                }
             };
             done += 1;
-            if partial.copy(&self.vring.memory, output) {
+            if partial.copy(&self.vring.memory, state) {
                 self.vring.push_used(partial.head, 0)?;
             } else {
                 self.partial = Some(partial);
@@ -117,9 +131,9 @@ impl Ring {
         Ok(done > 0)
     }
 
-    fn try_give_input(&mut self, input: &mut Buffer) -> Result<bool, RingError> {
+    fn try_give_input(&mut self, state: &mut State) -> Result<bool, RingError> {
         let mut done = 0;
-        while !input.is_empty() && done < CHAINS_PER_CALL {
+        while state.input_len() > 0 && done < CHAINS_PER_CALL {
             let Some(chain) = self.vring.pop()? else {
                 if self.vring.enable_kicks()? {
                     done += 1;
@@ -129,25 +143,30 @@ impl Ring {
             };
             done += 1;
             let head = chain.head_index();
-            let mut written = 0u32;
+            let mut bytes = [0; CHUNK];
+            let mut written = 0;
             for buffer in chain.writable() {
                 let mut addr = buffer.addr();
                 let mut left = buffer.len() as usize;
-                while left > 0 && !input.is_empty() {
-                    let part = input.front();
-                    let part = &part[..part.len().min(left)];
-                    if let Err(error) = self.vring.memory.write_slice(part, addr) {
+                while left > 0 {
+                    let length = state.peek_input(written, &mut bytes[..left.min(CHUNK)]);
+                    if length == 0 {
+                        break;
+                    }
+                    if let Err(error) = self.vring.memory.write_slice(&bytes[..length], addr) {
                         warn_limited!("a buffer of the driver is not in guest memory: {error}");
                         break;
                     }
-                    let length = part.len();
-                    input.consume(length);
                     left -= length;
-                    written += length as u32;
+                    written += length;
                     addr.0 = addr.0.wrapping_add(length as u64);
                 }
             }
-            self.vring.push_used(head, written)?;
+            // The used index tells whether the guest has got them.
+            state.give(written, self.vring.queue.next_used().wrapping_add(1));
+            // Not more than the input holds.
+            self.vring.push_used(head, written as u32)?;
+            state.given();
         }
         if done > 0 {
             self.vring.notify()?;
@@ -157,10 +176,15 @@ impl Ring {
 }
 
 impl Partial {
-    /// Copies to `output` what it has room for; whether the chain is used up.
-    fn copy(&mut self, memory: &GuestMemoryMmap, output: &mut Buffer) -> bool {
+    /// Copies to the output what it has room for; whether the chain is used up.
+    fn copy(&mut self, memory: &GuestMemoryMmap, state: &mut State) -> bool {
         let mut bytes = [0; CHUNK];
-        while output.room() > 0 {
+        while state.output_room() > 0 {
+            let skip = self.skip.min(self.left.into());
+            self.skip -= skip;
+            // Not more than is left.
+            self.left -= skip as u32;
+            self.addr.0 = self.addr.0.wrapping_add(skip);
             if self.left == 0 {
                 match self.rest.next() {
                     Some(buffer) => (self.addr, self.left) = (buffer.addr(), buffer.len()),
@@ -168,13 +192,13 @@ impl Partial {
                 }
                 continue;
             }
-            let length = CHUNK.min(output.room()).min(self.left as usize);
+            let length = CHUNK.min(state.output_room()).min(self.left as usize);
             let part = &mut bytes[..length];
             if let Err(error) = memory.read_slice(part, self.addr) {
                 warn_limited!("a buffer of the driver is not in guest memory: {error}");
                 return true;
             }
-            output.push(part);
+            state.put_output(part);
             self.left -= length as u32;
             self.addr.0 = self.addr.0.wrapping_add(length as u64);
         }
@@ -200,15 +224,15 @@ impl Stream {
     }
 
     /// Takes the guest's output. Whether anything was done.
-    pub fn take_output(&mut self, output: &mut Buffer) -> bool {
+    pub fn take_output(&mut self, state: &mut State) -> bool {
         let mut bytes = [0; CHUNK];
-        let room = output.room().min(CHUNK);
+        let room = state.output_room().min(CHUNK);
         if !self.open || room == 0 {
             return false;
         }
         match self.file.read(&mut bytes[..room]) {
             Ok(n) if n > 0 => {
-                output.push(&bytes[..n]);
+                state.put_output(&bytes[..n]);
                 true
             }
             result => self.check(result),
@@ -216,13 +240,15 @@ impl Stream {
     }
 
     /// Gives the guest its input. Whether anything was done.
-    pub fn give_input(&mut self, input: &mut Buffer) -> bool {
-        if !self.open || input.is_empty() {
+    pub fn give_input(&mut self, state: &mut State) -> bool {
+        let mut bytes = [0; CHUNK];
+        let length = state.peek_input(0, &mut bytes);
+        if !self.open || length == 0 {
             return false;
         }
-        match self.file.write(input.front()) {
+        match self.file.write(&bytes[..length]) {
             Ok(n) if n > 0 => {
-                input.consume(n);
+                state.skip_input(n);
                 true
             }
             result => self.check(result),

@@ -7,12 +7,15 @@
 //!   receiveq  ◀┴─ guest ◀──┴─ input,  4 KiB ◀─ file, UNIX socket
 //!   or a stream                    ▲ escape
 //! ```
+//!
+//! Both buffers are in memory that the supervisor keeps ([`state`]), and so is the client of a UNIX
+//! socket: a process that replaces this one goes on with the next byte.
 
-mod buffer;
 mod device;
 mod endpoint;
 mod escape;
 mod guest;
+mod state;
 mod sys;
 
 anemone_sandbox::include_policies!();

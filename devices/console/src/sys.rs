@@ -135,6 +135,19 @@ pub fn nonblocking(fd: OwnedFd, write: bool) -> io::Result<(OwnedFd, bool)> {
     }
 }
 
+/// Whether `fd` is a file to which writing appends.
+pub fn appends(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    // SAFETY: F_GETFL takes no pointer.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let mut stat: MaybeUninit<libc::stat> = MaybeUninit::uninit();
+    // SAFETY: fstat fills the structure when it succeeds.
+    let kind = unsafe {
+        check(libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()))?;
+        stat.assume_init().st_mode & libc::S_IFMT
+    };
+    Ok(flags & libc::O_APPEND != 0 && kind == libc::S_IFREG)
+}
+
 /// Sets O_NONBLOCK for everybody who shares `fd`.
 pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no pointers.

@@ -98,7 +98,7 @@ pub trait Device {
     fn attach(&mut self, _host: &Host) {}
 
     /// An earlier process of this device has had this kept ([`Host::keep`]) under this key. Called
-    /// after `attach` and before there is a front end, once for each key. What the earlier process
+    /// after `attach` and before there is a front end or any event, once for each key. What the earlier process
     /// has left in a file or in memory may be of any moment of its work, and the earlier process
     /// may have been taken over by its guest: nothing in it is to be trusted.
     fn restore(&mut self, _key: u64, _fd: OwnedFd) {}

@@ -65,6 +65,7 @@ fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
     // What else was inherited is nobody's business here.
     anemone_sandbox::close_extra_fds(&anemone_process::inherited_fds())
         .map_err(|e| Failure::Run(e.into()))?;
+    let vhost_user = program.serves_vhost_user();
     let host = Host::new(common.control.take().map(Channel::new));
     let opened = open(program, &common);
     let (device, listener) = opened.map_err(|error| {
@@ -79,6 +80,7 @@ fn serve<P: Program>(program: P, mut common: Common) -> Result<(), Failure> {
         session: None,
         listener,
         signals: block_signals().map_err(|e| Failure::Run(e.into()))?,
+        expectant: vhost_user && host.control().is_some() && common.connection.is_none(),
         interrupt_ends: host.control().is_none(),
         untrimmed: true,
         host,
@@ -142,6 +144,9 @@ struct MainLoop<D> {
     pool: Pool,
     listener: Option<UnixListener>,
     signals: OwnedFd,
+    /// What an earlier process has had kept may still come: the device has not begun. Where there
+    /// is nothing of the kind, the first connection is there from the start.
+    expectant: bool,
     /// Without a supervisor the keyboard's interrupt ends the process; a supervisor receives the
     /// same interrupt and decides for its children.
     interrupt_ends: bool,
@@ -201,11 +206,13 @@ impl<D: Device> MainLoop<D> {
             (None, Some(listener)) => watch(listener.as_raw_fd(), libc::POLLIN, Source::Listener),
             (None, None) => {}
         }
-        for (fd, token) in self.device.event_fds() {
-            watch(fd.as_raw_fd(), libc::POLLIN, Source::Device(token));
-        }
-        for (fd, token) in self.device.output_fds() {
-            watch(fd.as_raw_fd(), libc::POLLOUT, Source::Device(token));
+        if !self.expectant {
+            for (fd, token) in self.device.event_fds() {
+                watch(fd.as_raw_fd(), libc::POLLIN, Source::Device(token));
+            }
+            for (fd, token) in self.device.output_fds() {
+                watch(fd.as_raw_fd(), libc::POLLOUT, Source::Device(token));
+            }
         }
         let timeout = if self.untrimmed { QUIET_MS } else { -1 };
         // SAFETY: `polls` is an array of pollfd of the length given.
@@ -267,6 +274,7 @@ impl<D: Device> MainLoop<D> {
 
     fn connect(&mut self, socket: OwnedFd) {
         self.disconnect();
+        self.expectant = false;
         let socket = UnixStream::from(socket);
         self.session = Some(Session::new(socket, &self.device, &self.host));
     }

@@ -72,7 +72,7 @@ impl Vring {
     /// # Errors
     /// The driver claims more available chains than the ring has entries.
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
-        self.popped_again = self.again.as_ref().is_some_and(Again::is_left);
+        self.popped_again = self.pops_again();
         if let (true, Some(again)) = (self.popped_again, &mut self.again) {
             return Ok(again.next());
         }
@@ -93,6 +93,11 @@ impl Vring {
     /// in part or as a whole. A device for which twice is not the same as once has to look.
     pub fn popped_again(&self) -> bool {
         self.popped_again
+    }
+
+    /// Whether the next chain that [`pop`](Self::pop) returns will be such a one.
+    pub fn pops_again(&self) -> bool {
+        self.again.as_ref().is_some_and(Again::is_left)
     }
 
     /// Whether chains in flight are tracked: one that a device drops when it stops the ring comes
@@ -215,7 +220,7 @@ impl Vring {
     pub fn enable_kicks(&mut self) -> Result<bool, RingError> {
         let result = self.queue.enable_notification(&*self.memory);
         let more = result.map_err(|source| self.broken(source))?;
-        Ok(more || self.again.as_ref().is_some_and(Again::is_left))
+        Ok(more || self.pops_again())
     }
 
     /// Tells the driver that kicks are not needed for now. Merely a hint.

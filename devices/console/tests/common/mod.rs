@@ -1,5 +1,7 @@
 //! A guest's driver for virtio-console.
 
+#![allow(dead_code, reason = "not every test file uses everything")]
+
 use std::time::Duration;
 
 use anemone_driver::{Buffer, Device, Options};
