@@ -14,6 +14,7 @@ fn main() {
             "../devices/console/policy",
         ),
         (Some("RNG"), "anemone-rng", "../devices/rng/policy"),
+        (Some("VSOCK"), "anemone-vsock", "../devices/vsock/policy"),
     ];
     let in_build: Vec<_> = programs
         .into_iter()

@@ -103,6 +103,9 @@ fn check_devices(vm: &Vm) -> Result<(), Error> {
         {
             files::open_image(device.id.as_str(), path, *readonly)?;
         }
+        if let Kind::Vsock { socket, .. } = &device.kind {
+            files::can_listen(device.id.as_str(), socket)?;
+        }
     }
     if vm.serial.as_ref().is_some_and(|port| port.binary.is_none()) {
         registry::device("console")?;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anemone_config::{
     Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, OnPanic, OnReboot,
-    PanicDevice, Pmem, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, keyvalue,
+    PanicDevice, Pmem, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, Vsock, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -187,6 +187,11 @@ pub struct VmArgs {
         value_hint = ValueHint::FilePath
     )]
     pmem: Vec<Pmem>,
+    /// Sockets between the guest and this host: socket=PATH, where programs of this host connect
+    /// with a line `CONNECT <port>`; the guest connects to PATH_PORT. Keys: cid (the guest's address,
+    /// by default 3), socket, id, slot, binary.
+    #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", value_parser = list::<Vsock>)]
+    vsock: Option<Vsock>,
     /// The device by which the guest reports a kernel panic: on (the default), off or slot=N.
     #[arg(long, value_name = "on|off|slot=N", value_parser = switch::<PanicDevice>)]
     panic_device: Option<Switch<PanicDevice>>,
@@ -269,6 +274,7 @@ impl VmArgs {
         replace_optional(&mut config.serial, self.serial);
         replace_optional(&mut config.rng, self.rng);
         config.pmem.extend(self.pmem);
+        replace_optional(&mut config.vsock, self.vsock);
         replace_optional(&mut config.panic_device, self.panic_device);
         replace(&mut config.on_reboot, self.on_reboot);
         replace(&mut config.on_panic, self.on_panic);

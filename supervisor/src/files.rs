@@ -252,6 +252,26 @@ pub fn listen(owner: &str, path: &Path) -> Result<Listener, OpenError> {
     })
 }
 
+/// Whether there may be a socket at `path`, as far as can be told without making it.
+pub fn can_listen(owner: &str, path: &Path) -> Result<(), OpenError> {
+    let error = |reason| OpenError::new(owner, path, reason);
+    match path.symlink_metadata() {
+        Ok(metadata) if metadata.file_type().is_socket() => Ok(()),
+        Ok(_) => Err(error(Reason::NotA("socket"))),
+        Err(_) => {
+            let folder = path
+                .parent()
+                .filter(|folder| !folder.as_os_str().is_empty());
+            let folder = folder.unwrap_or(Path::new("."));
+            match folder.metadata() {
+                Ok(metadata) if metadata.is_dir() => Ok(()),
+                Ok(_) => Err(OpenError::new(owner, folder, Reason::NotA("folder"))),
+                Err(e) => Err(OpenError::new(owner, folder, e)),
+            }
+        }
+    }
+}
+
 /// Connects to a back end that runs already.
 pub fn connect(owner: &str, path: &Path) -> Result<UnixStream, OpenError> {
     UnixStream::connect(path).map_err(|e| OpenError::new(owner, path, Reason::Connect(e)))
@@ -318,5 +338,10 @@ mod tests {
         let error = listen("console", &path).unwrap_err().to_string();
         assert!(error.contains("not a socket"), "{error}");
         assert!(path.exists());
+        assert!(can_listen("v", &path).is_err());
+        assert!(can_listen("v", &folder.path().join("new")).is_ok());
+        assert!(can_listen("v", Path::new("new")).is_ok());
+        assert!(can_listen("v", &path.join("below")).is_err());
+        assert!(can_listen("v", &folder.path().join("no/such")).is_err());
     }
 }

@@ -71,6 +71,13 @@ pub const DEVICES: &[Entry] = &[
         program: "anemone-rng",
         default: false,
     },
+    #[cfg(feature = "vsock")]
+    Entry {
+        name: "vsock",
+        summary: "sockets between guest and host, UNIX sockets on the host",
+        program: "anemone-vsock",
+        default: false,
+    },
 ];
 
 /// The parts of the machine that this build has and another may lack.
@@ -147,6 +154,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
         Kind::Console { .. } => "console",
         Kind::Pmem { .. } => "pmem",
         Kind::Rng { .. } => "rng",
+        Kind::Vsock { .. } => "vsock",
     }
 }
 

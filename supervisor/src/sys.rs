@@ -322,6 +322,22 @@ pub fn limit(resource: libc::__rlimit_resource_t) -> io::Result<(Option<u64>, Op
     Ok((number(limit.rlim_cur), number(limit.rlim_max)))
 }
 
+/// Lets this process have as many descriptors open as its hard limit says. The default of most hosts
+/// has programs in mind that use select(2); a VM may keep thousands of connections.
+pub fn raise_open_files() -> io::Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the calls fill in and read the structure.
+    unsafe {
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit))?;
+        limit.rlim_cur = limit.rlim_max;
+        check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))?;
+    }
+    Ok(())
+}
+
 /// Effective user id.
 pub fn effective_user() -> u32 {
     // SAFETY: no pointers; it cannot fail.

@@ -12,6 +12,7 @@ use crate::value::{
     AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Machine, MemorySize, OnPanic,
     OnReboot, Sandbox, SinkType, Size, Within,
 };
+use crate::vsock::Vsock;
 
 /// Why a configuration file could not be read.
 #[derive(Debug, ThisError)]
@@ -92,6 +93,12 @@ pub struct Config {
         deserialize_with = "short::tables"
     )]
     pub pmem: Vec<Pmem>,
+    /// Sockets between the guest and the host; by default there are none.
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "short::optional_table"
+    )]
+    pub vsock: Option<Vsock>,
     /// The device by which a guest reports that its kernel panicked; by default there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub panic_device: Option<Switch<PanicDevice>>,
@@ -363,6 +370,9 @@ impl Config {
         }
         if let Some(Switch::On(rng)) = &mut self.rng {
             paths.extend([&mut rng.binary, &mut rng.socket]);
+        }
+        if let Some(vsock) = &mut self.vsock {
+            paths.extend([&mut vsock.socket, &mut vsock.binary]);
         }
         for path in paths.into_iter().flatten() {
             // An empty path stays what it is, so that it can be refused by its name.

@@ -16,6 +16,7 @@ pub mod keyvalue;
 mod short;
 mod value;
 mod vm;
+mod vsock;
 
 pub use config::{
     Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Rng, Serial,
@@ -26,3 +27,4 @@ pub use value::{
     OnReboot, Sandbox, SinkType, Size, ValueError, Within,
 };
 pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};
+pub use vsock::{Cid, Vsock};

@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
 use crate::short::Switch;
 use crate::value::{AccelType, CommandLine, Format, Id, SinkType, Size, Within};
+use crate::vsock::Cid;
 
 /// A configuration that contradicts itself or lacks something.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -28,6 +29,19 @@ pub enum Invalid {
         id: String,
         /// What was found.
         size: Size,
+    },
+    /// Sockets without a place on the host.
+    #[error("`{0}`: needs `socket`, the path at which programs of this host connect to the guest")]
+    NoSocket(String),
+    /// The name of a socket that the kernel does not take.
+    #[error("`{owner}`: `socket`: a path of {length} bytes, at most {most} are possible")]
+    LongSocket {
+        /// The device.
+        owner: String,
+        /// Its length.
+        length: usize,
+        /// What is possible.
+        most: usize,
     },
     /// A path without a character.
     #[error("`{0}`: found an empty path")]
@@ -53,7 +67,7 @@ pub enum Invalid {
     /// Two devices claim a slot.
     #[error(
         "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
-         1 to 31 (by default console 1, rng 2, panic device 3, disks from 8 and pmem from 24 on)"
+         1 to 31 (by default console 1, rng 2, panic device 3, vsock 5, disks from 8 and pmem from 24 on)"
     )]
     SlotTaken {
         /// The slot.
@@ -88,7 +102,7 @@ pub struct Vm {
     pub kernel: PathBuf,
     /// Kernel command line.
     pub cmdline: CommandLine,
-    /// virtio devices: the console, the entropy source, the disks, the persistent memory.
+    /// virtio devices: the console, the entropy source, the sockets, the disks, the persistent memory.
     pub devices: Vec<Device>,
     /// The 16550, where the machine has one.
     pub serial: Option<SerialPort>,
@@ -151,6 +165,13 @@ pub enum Kind {
         /// The guest cannot write.
         readonly: bool,
     },
+    /// Sockets between the guest and the host.
+    Vsock {
+        /// The guest's address.
+        cid: Cid,
+        /// Where programs of the host connect.
+        socket: PathBuf,
+    },
 }
 
 /// Persistent memory comes in pieces of this many bytes: what Linux can make memory of
@@ -165,18 +186,20 @@ impl Kind {
             Self::Console { .. } => 3,
             Self::Rng { .. } => 4,
             Self::Pmem { .. } => 27,
+            Self::Vsock { .. } => 19,
         }
     }
 
     /// Length of the device-specific configuration in bytes: `virtio_blk_config` up to
     /// `write_zeroes_may_unmap` and its padding (virtio 1.2, 5.2.4), `virtio_console_config`
-    /// (5.3.4), none (5.4.4). That of persistent memory (5.19.4) is not the back end's: where the
+    /// (5.3.4), none (5.4.4), `virtio_vsock_config` (5.10.4). That of persistent memory (5.19.4) is not the back end's: where the
     /// memory is, the VMM knows, which has put it there.
     pub fn config_size(&self) -> u16 {
         match self {
             Self::Disk { .. } => 60,
             Self::Console { .. } => 12,
             Self::Rng { .. } | Self::Pmem { .. } => 0,
+            Self::Vsock { .. } => 8,
         }
     }
 }
@@ -233,6 +256,9 @@ impl Config {
         let serial = self.serial_port(&mut names)?;
         if let Switch::On(rng) = self.rng.get_or_insert(Switch::Off) {
             devices.push(entropy(rng, &mut names)?);
+        }
+        if let Some(vsock) = &mut self.vsock {
+            devices.push(vsock.resolve(&mut names)?);
         }
         let mut panic_slot = None;
         let panic_device = self
@@ -301,7 +327,7 @@ impl Config {
 
 /// Ids and slots in use.
 #[derive(Default)]
-struct Names {
+pub(crate) struct Names {
     ids: Vec<Id>,
     slots: HashMap<u16, Id>,
 }
@@ -316,14 +342,14 @@ impl Names {
     }
 
     /// Fills in the default id and claims it.
-    fn take_id(&mut self, id: &mut Option<Id>, default: &str) -> Result<Id, Invalid> {
+    pub(crate) fn take_id(&mut self, id: &mut Option<Id>, default: &str) -> Result<Id, Invalid> {
         let chosen = id.get_or_insert_with(|| Id::known(default));
         self.claim_id(chosen)?;
         Ok(chosen.clone())
     }
 
     /// Fills in the default slot and claims it. The result is 1 to 31.
-    fn take_slot(
+    pub(crate) fn take_slot(
         &mut self,
         id: &Id,
         slot: &mut Option<Within<1, 31>>,
@@ -345,7 +371,7 @@ impl Names {
     }
 }
 
-fn refuse_empty(key: &str, path: Option<&Path>) -> Result<(), Invalid> {
+pub(crate) fn refuse_empty(key: &str, path: Option<&Path>) -> Result<(), Invalid> {
     match path {
         Some(path) if path.as_os_str().is_empty() => Err(Invalid::EmptyPath(key.to_owned())),
         _ => Ok(()),

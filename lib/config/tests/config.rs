@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anemone_config::{
     Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Pmem, Rng, Serial, Short,
-    Sink, SinkType, Size, Switch, Vm, Within,
+    Sink, SinkType, Size, Switch, Vm, Vsock, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -302,6 +302,15 @@ fn contradictions_are_refused() {
         ),
         ("serial = \"stdio\"", Invalid::StdioTaken),
         (
+            "vsock = \"a,slot=3\"",
+            slot_taken(3, "vsock", "panic-device"),
+        ),
+        ("vsock = \"cid=3\"", Invalid::NoSocket("vsock".to_owned())),
+        (
+            "vsock = \"socket=\"",
+            Invalid::EmptyPath("vsock: socket".to_owned()),
+        ),
+        (
             "disk = [\"readonly=on\"]",
             Invalid::NoImage("disk0".to_owned()),
         ),
@@ -355,6 +364,9 @@ fn contradictions_are_refused() {
         let error = resolve(text).unwrap_err().to_string();
         assert!(error.contains('`'), "{text}: {error}");
     }
+    let long = format!("vsock = \"{}\"", "x".repeat(97));
+    let error = resolve(&long).unwrap_err().to_string();
+    assert!(error.contains("97 bytes, at most 96"), "{error}");
     assert_eq!(Config::default().resolve(), Err(Invalid::NoKernel));
 }
 
@@ -386,6 +398,7 @@ fn documentation() {
         unknown_key::<Rng>(),
         unknown_key::<Pmem>(),
         unknown_key::<PanicDevice>(),
+        unknown_key::<Vsock>(),
         unknown_key::<Cpus>(),
     ] {
         for key in table.split('`').skip(3).step_by(2) {

@@ -19,6 +19,8 @@ use crate::spawn::{Process, Program};
 use crate::vmm::control_options;
 use crate::wiring::PmemFiles;
 
+use super::dial::Dialer;
+
 /// A back end whose files are open and whose program has been found, but which does not run yet.
 #[derive(Debug)]
 pub struct Prepared {
@@ -51,6 +53,7 @@ enum Part {
         file: OwnedFd,
         readonly: bool,
     },
+    Vsock(Dialer),
 }
 
 impl Prepared {
@@ -93,6 +96,7 @@ impl Prepared {
                 file: clone_of(pmem)?,
                 readonly: *readonly,
             },
+            Kind::Vsock { cid, socket } => Part::Vsock(Dialer::open(&id, *cid, socket)?),
         };
         Ok(Self {
             id,
@@ -144,10 +148,11 @@ impl Prepared {
         }
         part.pass(&mut program);
         let process = program.start()?;
-        let (sink, stream) = match part {
-            Part::Console(sink) => (Some(sink), false),
-            Part::Serial(sink) => (Some(sink), true),
-            Part::Disk { .. } | Part::Rng(_) | Part::Pmem { .. } => (None, false),
+        let (sink, stream, dialer) = match part {
+            Part::Console(sink) => (Some(sink), false, None),
+            Part::Serial(sink) => (Some(sink), true, None),
+            Part::Vsock(dialer) => (None, false, Some(dialer)),
+            Part::Disk { .. } | Part::Rng(_) | Part::Pmem { .. } => (None, false, None),
         };
         Ok((
             Backend {
@@ -158,6 +163,7 @@ impl Prepared {
                     ready: false,
                     sink,
                     stream,
+                    dialer,
                 }),
             },
             ours,
@@ -195,6 +201,7 @@ impl Part {
                     program.arg("--readonly");
                 }
             }
+            Self::Vsock(dialer) => dialer.pass(program),
         }
     }
 }
@@ -265,9 +272,19 @@ pub struct Child {
     pub ready: bool,
     sink: Option<OpenSink>,
     stream: bool,
+    /// For sockets of the guest.
+    dialer: Option<Dialer>,
 }
 
 impl Child {
+    /// Connects its guest to a socket of the host; false if it has no sockets.
+    pub fn dial(&mut self, id: u64, port: u32) -> bool {
+        if let (Some(dialer), Some(channel)) = (&mut self.dialer, &self.channel) {
+            dialer.answer(channel, id, port);
+        }
+        self.dialer.is_some()
+    }
+
     /// Whether it owns standard input and output.
     pub fn on_stdio(&self) -> bool {
         self.sink.as_ref().is_some_and(OpenSink::is_stdio)

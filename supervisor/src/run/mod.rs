@@ -8,6 +8,7 @@
 //! ```
 
 mod backend;
+mod dial;
 
 use std::io::stdin;
 use std::os::fd::AsFd;
@@ -51,6 +52,7 @@ const QUIET: Duration = Duration::from_millis(500);
 /// Runs the VM until it ends.
 pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(), Error> {
     sys::close_on_exec_from(3).map_err(system("close_range"))?;
+    sys::raise_open_files().map_err(system("setrlimit"))?;
     let signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("signalfd"))?;
     // All that can be wrong with the configuration is found before anything starts.
@@ -425,7 +427,13 @@ impl<'a> Session<'a> {
                     return Err(self.named(index, &text));
                 }
                 // Nothing is started in the place of a process that has ended.
-                FromDevice::Keep { .. } | FromDevice::Forget { .. } | FromDevice::Dial { .. } => {}
+                FromDevice::Keep { .. } | FromDevice::Forget { .. } => {}
+                FromDevice::Dial { id, port } => {
+                    if !child.dial(id, port) {
+                        let reason = "it has no business with sockets";
+                        return Err(self.backend_failure(index, Some(reason)));
+                    }
+                }
                 // Only the console on this terminal has a user who can ask for something.
                 _ if !child.on_stdio() => {
                     return Err(self.backend_failure(index, Some("it broke the protocol")));
