@@ -12,11 +12,13 @@ const OPEN_FILES_PER_QUEUE: u64 = 16;
 /// Gives up everything that serving the device does not need.
 pub fn enter(common: &Common, device: &dyn Device, filter: &'static Filter) -> Result<(), Error> {
     let queues = device.queue_count() as u64;
-    anemone_sandbox::enter(&ProcessJail {
+    let mut jail = ProcessJail {
         mode: common.sandbox,
         parent_pid: common.parent_pid,
         open_files: OPEN_FILES + OPEN_FILES_PER_QUEUE * queues + device.open_files(),
         ..ProcessJail::default()
-    })?;
+    };
+    device.widen(&mut jail);
+    anemone_sandbox::enter(&jail)?;
     anemone_sandbox::restrict(filter, common.sandbox)
 }

@@ -22,16 +22,18 @@ mod inflight;
 mod jail;
 mod main_loop;
 mod memory;
+mod parts;
 mod session;
 mod timer;
 mod vring;
 
 pub use anemone_process::inherited_fd;
-pub use anemone_sandbox::{Filter, Mode};
+pub use anemone_sandbox::{Filter, Mode, ProcessJail, Share};
 pub use args::{About, Common, parse_fd};
 pub use bucket::Bucket;
 pub use host::Host;
 pub use main_loop::{listen, run};
+pub use parts::Parts;
 pub use timer::Timer;
 pub use vring::{Chain, RingError, Vring};
 
@@ -93,6 +95,9 @@ pub trait Device {
     /// The descriptor with this token is ready. May be called when it no longer is: the
     /// descriptors must be non-blocking.
     fn handle_event(&mut self, _token: u64) {}
+
+    /// Widens the jail by what the device needs beyond its sockets and the guest's memory.
+    fn widen(&self, _jail: &mut ProcessJail) {}
 
     /// Called once, before anything else, with the device's way to the outside.
     fn attach(&mut self, _host: &Host) {}

@@ -20,6 +20,25 @@ pub struct ProcessJail {
     /// user's choice, as a disk's back end does; 0 for one that writes none (pipes, sockets,
     /// terminals and shared memory that has its size already are not files here).
     pub file_size: Option<u64>,
+    /// A directory of the host that stays reachable, with all that is below it. `None` for a
+    /// process that reaches no file at all.
+    pub share: Option<Share>,
+    /// Capabilities that it keeps, as a mask: a process that acts for users of a share. They count
+    /// in [`Share::namespace`] only.
+    pub capabilities: u64,
+}
+
+/// A directory that a jailed process works in. It becomes the process's root, so that no path and
+/// no symbolic link leads out of it, and Landlock allows what is below it and nothing else.
+#[derive(Debug, Clone, Copy)]
+pub struct Share {
+    /// The directory, open.
+    pub directory: RawFd,
+    /// Files may be changed, made and removed.
+    pub writable: bool,
+    /// The user namespace to enter, in place of a new one in which no user has a name: one that
+    /// [`id_namespace`](crate::id_namespace) has made.
+    pub namespace: Option<RawFd>,
 }
 
 impl Default for ProcessJail {
@@ -30,6 +49,8 @@ impl Default for ProcessJail {
             parent_pid: None,
             open_files: 64,
             file_size: None,
+            share: None,
+            capabilities: 0,
         }
     }
 }
@@ -67,15 +88,25 @@ pub(crate) fn apply(jail: &ProcessJail) -> Result<Layers, Error> {
         return Err(Error::Threads);
     }
     layers.set(Layer::ResourceLimits, State::of(limit_resources(jail)));
-    unshare_namespaces(&mut layers);
-    layers.set(Layer::EmptyRoot, State::of(empty_root()));
+    unshare_namespaces(&mut layers, jail.share.and_then(|share| share.namespace));
+    let root = match jail.share {
+        Some(share) => change_root(share.directory),
+        None => empty_root(),
+    };
+    layers.set(Layer::EmptyRoot, State::of(root));
+    if jail.capabilities != 0 {
+        act_for_users()?;
+    }
     layers.set(Layer::BoundingSet, State::of(clear_bounding_set()));
-    layers.set(Layer::Capabilities, State::of(drop_capabilities()));
+    layers.set(
+        Layer::Capabilities,
+        State::of(keep_capabilities(jail.capabilities)),
+    );
     layers.set(
         Layer::NoNewPrivileges,
         State::of(prctl(libc::PR_SET_NO_NEW_PRIVS, 1)),
     );
-    match landlock() {
+    match landlock(jail.share) {
         Ok(abi) => {
             layers.set(Layer::Landlock, State::Active);
             layers.set_landlock_abi(abi);
@@ -156,8 +187,8 @@ fn limit(resource: libc::__rlimit_resource_t, most: u64) -> io::Result<()> {
 }
 
 /// All at once if possible, else each that the host grants: a user namespace first, because it
-/// gives an ordinary user the right to the others.
-fn unshare_namespaces(layers: &mut Layers) {
+/// gives an ordinary user the right to the others. One that is there already is entered.
+fn unshare_namespaces(layers: &mut Layers, users: Option<RawFd>) {
     const NAMESPACES: [(Layer, libc::c_int); 5] = [
         (Layer::UserNamespace, libc::CLONE_NEWUSER),
         (Layer::MountNamespace, libc::CLONE_NEWNS),
@@ -167,8 +198,15 @@ fn unshare_namespaces(layers: &mut Layers) {
     ];
     // SAFETY: integers only.
     let unshare = |flags| check(unsafe { libc::unshare(flags) });
-    let at_once = unshare(NAMESPACES.iter().fold(0, |flags, (_, flag)| flags | flag)).is_ok();
-    for (layer, flag) in NAMESPACES {
+    let mut namespaces = &NAMESPACES[..];
+    if let Some(users) = users {
+        // SAFETY: integers only.
+        let entered = check(unsafe { libc::setns(users, libc::CLONE_NEWUSER) });
+        layers.set(Layer::UserNamespace, State::of(entered));
+        namespaces = &NAMESPACES[1..];
+    }
+    let at_once = unshare(namespaces.iter().fold(0, |flags, (_, flag)| flags | flag)).is_ok();
+    for &(layer, flag) in namespaces {
         layers.set(
             layer,
             if at_once {
@@ -184,11 +222,28 @@ fn unshare_namespaces(layers: &mut Layers) {
 /// nowhere, or, without the right to make one, a directory that no longer exists.
 fn empty_root() -> io::Result<()> {
     let root = detached_tmpfs().or_else(|e| unlinked_directory().map_err(|_| e))?;
-    // SAFETY: an open descriptor and a constant string.
+    change_root(root.as_raw_fd())
+}
+
+/// Makes a directory the root and the working directory.
+fn change_root(root: RawFd) -> io::Result<()> {
+    // SAFETY: a descriptor and a constant string.
     unsafe {
-        check(libc::fchdir(root.as_raw_fd()))?;
+        check(libc::fchdir(root))?;
         check(libc::chroot(c".".as_ptr()))
     }
+}
+
+/// For a thread that takes the file system ids of others: none of this process's groups goes with
+/// them, and a change of ids leaves capabilities as they are.
+fn act_for_users() -> Result<(), Error> {
+    /// linux/securebits.h.
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: an empty list needs no memory.
+    let groups = check(unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<u32>()) });
+    groups
+        .and_then(|()| prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP))
+        .map_err(Error::Ids)
 }
 
 /// A read-only tmpfs outside all mount namespaces.
@@ -275,6 +330,11 @@ fn clear_bounding_set() -> io::Result<()> {
 }
 
 fn drop_capabilities() -> io::Result<()> {
+    keep_capabilities(0)
+}
+
+/// Gives up all capabilities but those of the mask.
+fn keep_capabilities(keep: u64) -> io::Result<()> {
     /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h).
     const VERSION_3: u32 = 0x2008_0522;
     prctl(
@@ -282,14 +342,16 @@ fn drop_capabilities() -> io::Result<()> {
         libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong,
     )?;
     let header = [VERSION_3, 0];
-    let none = [0u32; 6];
+    let (low, high) = (keep as u32, (keep >> 32) as u32);
+    let sets = [low, low, 0, high, high, 0];
     // SAFETY: the header is a version and this thread's number 0; the data are twice three words
     // of 32 capabilities: effective, permitted, inheritable.
-    check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) })
+    check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) })
 }
 
-/// Denies all that this kernel's Landlock handles; returns the version of its interface.
-fn landlock() -> io::Result<u32> {
+/// Denies all that this kernel's Landlock handles, but in a share; returns the version of its
+/// interface.
+fn landlock(share: Option<Share>) -> io::Result<u32> {
     // linux/landlock.h.
     const CREATE_VERSION: libc::c_long = 1;
     /// Rights on files, as many bits as the interface version has.
@@ -328,6 +390,9 @@ fn landlock() -> io::Result<u32> {
             size,
             0,
         ))?;
+        if let Some(share) = share {
+            landlock_allow(ruleset.as_raw_fd(), share, handled[0])?;
+        }
         check(libc::syscall(
             libc::SYS_landlock_restrict_self,
             ruleset.as_raw_fd(),
@@ -335,6 +400,38 @@ fn landlock() -> io::Result<u32> {
         ))?;
     }
     Ok(abi as u32)
+}
+
+/// Adds a share to a ruleset that handles the rights on files `handled`.
+fn landlock_allow(ruleset: RawFd, share: Share, handled: u64) -> io::Result<()> {
+    // linux/landlock.h.
+    const PATH_BENEATH: libc::c_long = 1;
+    const EXECUTE: u64 = 1 << 0;
+    const READ_FILE: u64 = 1 << 2;
+    const READ_DIRECTORY: u64 = 1 << 3;
+    const IOCTL_OF_DEVICES: u64 = 1 << 15;
+    #[repr(C, packed)]
+    struct Rule {
+        allowed: u64,
+        parent: i32,
+    }
+    let rule = Rule {
+        allowed: match share.writable {
+            true => handled & !(EXECUTE | IOCTL_OF_DEVICES),
+            false => READ_FILE | READ_DIRECTORY,
+        },
+        parent: share.directory,
+    };
+    // SAFETY: a rule of the type named, which outlives the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset,
+            PATH_BENEATH,
+            &raw const rule,
+            0,
+        )
+    })
 }
 
 /// Whether the kernel's filters can trap.

@@ -36,6 +36,7 @@
 //! capabilities to change the root again are gone.
 
 mod filter;
+mod ids;
 mod jail;
 mod layers;
 mod monitor;
@@ -48,7 +49,8 @@ use std::io;
 use std::str::FromStr;
 
 pub use filter::{ARCH_X86_64, Call, Filter, Instruction, evaluate, instruction};
-pub use jail::{ProcessJail, close_extra_fds, enter, probe, renounce};
+pub use ids::id_namespace;
+pub use jail::{ProcessJail, Share, close_extra_fds, enter, probe, renounce};
 pub use layers::{Layer, Layers, ParseLayersError, State};
 pub use names::syscall as syscall_name;
 pub use seccomp::restrict;
@@ -99,6 +101,9 @@ pub enum Error {
     /// Credentials belong to threads: a jail for one of several would be none.
     #[error("the process has several threads already; the jail must come first")]
     Threads,
+    /// A process that is to act for several users may not.
+    #[error("cannot take the ids of other users: {0}")]
+    Ids(#[source] io::Error),
     /// The kernel does not filter system calls.
     #[error("cannot install a system call filter: {0}")]
     Seccomp(#[source] io::Error),

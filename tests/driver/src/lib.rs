@@ -28,6 +28,7 @@
 
 pub mod blk;
 mod device;
+pub mod fs;
 mod memory;
 pub mod net;
 pub mod pmem;
