@@ -155,8 +155,8 @@ fn build(
             Ok(received) => match received.message {
                 FromVmm::Ready(summary) => break summary,
                 FromVmm::Refused { message } => return Err(Error::Refused(printable(&message))),
-                FromVmm::Event(event) => {
-                    return Err(Error::Failed(printable(&format!("unexpected: {event:?}"))));
+                other @ (FromVmm::Event(_) | FromVmm::Devices(_)) => {
+                    return Err(Error::Failed(printable(&format!("unexpected: {other:?}"))));
                 }
             },
             Err(error) if error.is_would_block() => {

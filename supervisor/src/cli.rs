@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anemone_config::{
     Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, OnPanic, OnReboot,
-    PanicDevice, Pmem, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, Vsock, keyvalue,
+    PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, Vsock, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -201,6 +201,11 @@ pub struct VmArgs {
     /// What happens when the guest's kernel panics.
     #[arg(long, value_name = "ACTION", value_parser = words::<OnPanic>(OnPanic::WORDS))]
     on_panic: Option<OnPanic>,
+    /// What happens when a device process ends while the VM runs: always (it is started again; the
+    /// default) or never (the VM ends). Other keys: limit (COUNT/SECONDS, by default 10/60; more
+    /// restarts of one process end the VM), never (ids of devices with + between them).
+    #[arg(long, value_name = "POLICY[,KEY=VALUE...]", value_parser = list::<Restart>)]
+    restart: Option<Restart>,
     /// The jail of all processes: kill on a forbidden system call, or only report it.
     #[arg(long, value_name = "MODE", value_parser = words::<Sandbox>(Sandbox::WORDS))]
     sandbox: Option<Sandbox>,
@@ -278,6 +283,7 @@ impl VmArgs {
         replace_optional(&mut config.panic_device, self.panic_device);
         replace(&mut config.on_reboot, self.on_reboot);
         replace(&mut config.on_panic, self.on_panic);
+        replace(&mut config.restart, self.restart);
         replace(&mut config.sandbox, self.sandbox);
     }
 }

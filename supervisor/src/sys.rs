@@ -4,6 +4,9 @@ use std::ffi::CString;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// The system's error for a negative result.
@@ -336,6 +339,33 @@ pub fn raise_open_files() -> io::Result<()> {
         check(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit))?;
     }
     Ok(())
+}
+
+/// Connects to a listening UNIX socket without waiting: one whose queue of connections is full is
+/// an error, as is one that nobody listens at. The result blocks.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    // SAFETY: all-zero is a valid sockaddr_un.
+    let mut address: libc::sockaddr_un = unsafe { MaybeUninit::zeroed().assume_init() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    let bytes = path.as_os_str().as_bytes();
+    // One byte stays zero.
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = from.cast_signed();
+    }
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let length = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: the address is as long as is said; a descriptor that is not negative is new.
+    let socket = unsafe {
+        let socket = owned(libc::socket(libc::AF_UNIX, kind, 0))?;
+        let address = (&raw const address).cast();
+        check(libc::connect(socket.as_raw_fd(), address, length))?;
+        UnixStream::from(socket)
+    };
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 /// Effective user id.

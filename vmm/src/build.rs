@@ -14,7 +14,7 @@ use anemone_virt::{Board, map};
 use anemone_virtio::{Connected, Layout, VirtioPci, WorkQueue};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::device::Starting;
+use crate::device::{Running, Starting};
 use crate::error::Error;
 use crate::pmem::{self, Pmem};
 use crate::run::Happenings;
@@ -31,6 +31,8 @@ pub struct Machine {
     pub accel: &'static str,
     pub happenings: Arc<Happenings>,
     pub summary: Summary,
+    /// The virtio devices that have a back end.
+    pub devices: Vec<Running>,
     #[cfg(feature = "serial")]
     pub serial: Option<crate::serial::Pump>,
     pub pmem: Vec<Pmem>,
@@ -74,7 +76,7 @@ pub fn build(
     if !pmem.is_empty() {
         pmem::install(happenings.wake())?;
     }
-    let shared = Arc::new(memory::shared_ram(&memory_fd, config.memory)?);
+    let shared = Arc::new(memory::shared_ram(&memory_fd, config.memory, ram.clone())?);
 
     // The back ends answer while the kernel is being loaded.
     let starting = config
@@ -85,7 +87,14 @@ pub fn build(
                 return Ok(None);
             };
             let socket = received.take(index)?.into();
-            Starting::begin(device, socket, shared.clone(), happenings.clone(), mode).map(Some)
+            // The configuration of persistent memory is the machine's, whoever serves it.
+            let own = pmem.iter().any(|pmem| pmem.slot == device.slot);
+            let config_size = if own { 0 } else { device.config_size };
+            let device = Device {
+                config_size,
+                ..device.clone()
+            };
+            Starting::begin(&device, socket, shared.clone(), happenings.clone(), mode).map(Some)
         })
         .collect::<Result<Vec<_>, Error>>()?;
 
@@ -140,6 +149,7 @@ pub fn build(
         },
     )?;
 
+    let mut devices = Vec::new();
     for (device, starting) in config.devices.iter().zip(starting) {
         let (connected, work, go) = match starting {
             Some(starting) => {
@@ -153,10 +163,15 @@ pub fn build(
         if let Some(pmem) = pmem.iter().find(|pmem| pmem.slot == device.slot) {
             connected.config = pmem.config();
         }
-        let function = add_device(&board, &vm, device, connected, &shared, work)?;
+        let function = add_device(&board, &vm, device, connected, &shared, work.clone())?;
         let id = format!("1af4:{:04x}", 0x1040 + device.device_type);
         pci.push((device.slot, id, device.id.clone()));
         if let Some(go) = go {
+            devices.push(Running {
+                id: device.id.clone(),
+                work,
+                function: function.clone(),
+            });
             // A thread that is gone has already told why.
             let _ = go.send(function);
         }
@@ -187,6 +202,7 @@ pub fn build(
         accel: vm.name(),
         happenings,
         summary,
+        devices,
         #[cfg(feature = "serial")]
         serial,
         pmem,

@@ -1,13 +1,14 @@
-//! Device threads: each holds the conversation with one back end.
+//! Device threads: each holds the conversation with the back ends of one device.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
+use std::time::Duration;
 
 use anemone_ipc::vmm::{Device, Event};
 use anemone_sandbox::Mode;
-use anemone_virtio::{Connected, FrontEnd, GuestRam, VirtioPci, WorkQueue};
+use anemone_virtio::{Connected, FrontEnd, GuestRam, Limits, Notice, VirtioPci, WorkQueue};
 
 use crate::error::Error;
 use crate::jail;
@@ -15,6 +16,8 @@ use crate::run::Happenings;
 
 /// A device thread needs little: small messages and a memory table.
 const STACK: usize = 128 << 10;
+/// How long a back end may take to answer. It may have to finish disk requests first.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A device whose back end is being asked what it offers.
 pub struct Starting {
@@ -36,13 +39,18 @@ impl Starting {
         let (tell, answer) = mpsc::channel();
         let (go, wait) = mpsc::channel::<Arc<VirtioPci>>();
         let work = Arc::new(WorkQueue::new().map_err(Error::os("eventfd"))?);
-        let (id, queues, config_size) = (config.id.clone(), config.queues, config.config_size);
+        let id = config.id.clone();
+        let limits = Limits {
+            queues: config.queues,
+            config_size: config.config_size,
+            patience: PATIENCE,
+        };
         let body = {
             let (id, work) = (id.clone(), work.clone());
             move || {
                 let connect = || {
                     jail::restrict_device(mode)?;
-                    FrontEnd::connect(socket, queues, config_size).map_err(|source| Error::Device {
+                    FrontEnd::connect(socket, limits).map_err(|source| Error::Device {
                         id: id.clone(),
                         source,
                     })
@@ -58,8 +66,11 @@ impl Starting {
                 // As above: without a listener, `wait` fails next.
                 let _ = tell.send(offer);
                 let Ok(device) = wait.recv() else { return };
-                let reason = front_end.run(&device, &ram, &work).to_string();
-                happenings.fail(Event::DeviceFailed { id, reason });
+                let tell = |notice| happenings.device(event(&id, notice));
+                let error = front_end.run(&device, &ram, &work, &tell);
+                happenings.fail(Event::Failed {
+                    message: format!("device `{id}`: its thread cannot wait: {error}"),
+                });
             }
         };
         thread::Builder::new()
@@ -81,4 +92,24 @@ impl Starting {
         let connected = self.answer.recv().map_err(|_| gone())??;
         Ok((connected, self.go))
     }
+}
+
+fn event(id: &str, notice: Notice) -> Event {
+    let id = id.to_owned();
+    match notice {
+        Notice::Lost { connection, reason } => Event::BackendLost {
+            id,
+            connection,
+            reason,
+        },
+        Notice::Back { connection } => Event::BackendBack { id, connection },
+        Notice::Unfit { reason } => Event::BackendUnfit { id, reason },
+    }
+}
+
+/// A device of a running machine.
+pub struct Running {
+    pub id: String,
+    pub work: Arc<WorkQueue>,
+    pub function: Arc<VirtioPci>,
 }

@@ -74,13 +74,13 @@ pub fn map_slots(vm: &dyn Vm, ram: &GuestMemoryMmap) -> Result<(), Error> {
 }
 
 /// Guest memory as the back ends get it.
-pub fn shared_ram(fd: &OwnedFd, memory: u64) -> Result<GuestRam, Error> {
+pub fn shared_ram(fd: &OwnedFd, memory: u64, mapped: GuestMemoryMmap) -> Result<GuestRam, Error> {
     let regions = regions(memory)
         .into_iter()
         .map(|(start, size, offset)| Ok((start, size, fd.try_clone()?, offset)))
         .collect::<std::io::Result<_>>()
         .map_err(Error::os("dup of guest memory"))?;
-    Ok(GuestRam { regions })
+    Ok(GuestRam { regions, mapped })
 }
 
 /// What the guest is told about its address space.

@@ -7,11 +7,13 @@ use std::{io, thread};
 
 use anemone_accel_api::{EventFd, Stop, Vcpu};
 use anemone_ipc::Channel;
-use anemone_ipc::vmm::{Event, FromVmm, ToVmm};
+use anemone_ipc::vmm::{DeviceUse, Event, FromVmm, ToVmm};
 use anemone_sandbox::Mode;
 use anemone_virt::{Board, Outcome, PowerEvent, Signals};
+use anemone_virtio::Reconnect;
 
 use crate::build::Machine;
+use crate::device::Running;
 use crate::error::Error;
 use crate::{jail, pmem};
 
@@ -32,6 +34,9 @@ pub struct Happenings {
     flags: AtomicU32,
     /// The first failure; later ones are mostly its consequences.
     failure: Mutex<Option<Event>>,
+    /// What happened to back ends. A device reports a few events for each connection that the
+    /// supervisor sends, so their number is bounded.
+    devices: Mutex<Vec<Event>>,
     wake: EventFd,
 }
 
@@ -40,6 +45,7 @@ impl Happenings {
         Ok(Self {
             flags: AtomicU32::new(0),
             failure: Mutex::default(),
+            devices: Mutex::default(),
             wake: EventFd::new()?,
         })
     }
@@ -63,6 +69,15 @@ impl Happenings {
         self.wake.signal();
     }
 
+    /// Something happened to a back end.
+    pub fn device(&self, event: Event) {
+        self.devices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(event);
+        self.wake.signal();
+    }
+
     /// All events since the last call, those that end the guest last.
     fn take(&self) -> Vec<Event> {
         self.wake.take();
@@ -70,7 +85,8 @@ impl Happenings {
         let reset = |cause: &str| Event::Reset {
             cause: cause.to_owned(),
         };
-        let mut events = Vec::new();
+        let mut events =
+            std::mem::take(&mut *self.devices.lock().unwrap_or_else(PoisonError::into_inner));
         if flags & PANIC != 0 {
             events.push(Event::Panic);
         }
@@ -136,14 +152,38 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
         let lost = pmem::lost(&machine.pmem);
         for event in machine.happenings.take().into_iter().chain(lost) {
             // A guest may report its panic as often as it likes; it is told once.
-            if event != Event::Panic || !std::mem::replace(&mut panicked, true) {
-                channel.send(&FromVmm::Event(event.clone()), &[])?;
+            if event == Event::Panic && std::mem::replace(&mut panicked, true) {
+                continue;
             }
-            if event != Event::Panic {
+            let over = ends_the_guest(&event);
+            if over {
+                channel.send(&devices(&machine), &[])?;
+            }
+            channel.send(&FromVmm::Event(event), &[])?;
+            if over {
                 return Ok(());
             }
         }
     }
+}
+
+fn ends_the_guest(event: &Event) -> bool {
+    match event {
+        Event::Shutdown | Event::Reset { .. } | Event::Failed { .. } => true,
+        Event::Panic
+        | Event::BackendLost { .. }
+        | Event::BackendBack { .. }
+        | Event::BackendUnfit { .. } => false,
+    }
+}
+
+/// What the guest has made of its devices.
+fn devices(machine: &Machine) -> FromVmm {
+    let used = |device: &Running| DeviceUse {
+        id: device.id.clone(),
+        untouched: device.function.untouched().map(|why| why.to_string()),
+    };
+    FromVmm::Devices(machine.devices.iter().map(used).collect())
 }
 
 /// Waits for the supervisor, the guest or the serial line, at most so many milliseconds; `false` if
@@ -187,10 +227,25 @@ fn orders(machine: &Machine, channel: &Channel) -> Result<bool, Error> {
     channel
         .set_nonblocking(true)
         .map_err(Error::os("control channel"))?;
+    let mut asked = false;
     let outcome = loop {
         match channel.recv::<ToVmm>() {
-            Ok(received) => match received.message {
+            Ok(mut received) => match &received.message {
                 ToVmm::PowerButton => machine.board.raise(PowerEvent::Button),
+                ToVmm::Devices => asked = true,
+                ToVmm::Reconnect {
+                    id,
+                    connection,
+                    socket,
+                } => {
+                    let device = machine.devices.iter().find(|device| device.id == *id);
+                    let (connection, socket) = (*connection, *socket);
+                    let Some(device) = device else {
+                        break Err(Error::Protocol("there is no device of that name"));
+                    };
+                    let socket = received.take(socket)?.into();
+                    device.work.reconnect(Reconnect { connection, socket });
+                }
                 ToVmm::Start | ToVmm::Configure(_) => {
                     break Err(Error::Protocol("the machine is already running"));
                 }
@@ -203,6 +258,9 @@ fn orders(machine: &Machine, channel: &Channel) -> Result<bool, Error> {
     channel
         .set_nonblocking(false)
         .map_err(Error::os("control channel"))?;
+    if asked && matches!(outcome, Ok(true)) {
+        channel.send(&devices(machine), &[])?;
+    }
     outcome
 }
 

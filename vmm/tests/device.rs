@@ -232,15 +232,111 @@ fn ring_that_is_not_memory_fails_the_device_and_not_the_machine() {
     wait_used(&mut vmm, 1);
 }
 
-#[test]
-fn vanished_back_end_is_named() {
-    let (vmm, process) = running();
-    drop(process);
-    let Event::DeviceFailed { id, reason } = vmm.event() else {
-        panic!("another event")
+/// Hands over the connection to the next back end.
+fn reconnect(vmm: &Vmm, connection: u32, socket: &UnixStream) {
+    let message = ToVmm::Reconnect {
+        id: "rng".to_owned(),
+        connection,
+        socket: FdIndex(0),
     };
-    assert_eq!(id, "rng");
-    assert!(reason.contains("closed"), "{reason}");
+    vmm.channel.send(&message, &[socket.as_fd()]).unwrap();
+}
+
+fn expect_lost(vmm: &Vmm, wanted: u32) -> String {
+    match vmm.event() {
+        Event::BackendLost {
+            id,
+            connection,
+            reason,
+        } => {
+            assert_eq!((id.as_str(), connection), ("rng", wanted));
+            reason
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn expect_back(vmm: &Vmm, connection: u32) {
+    let id = "rng".to_owned();
+    assert_eq!(vmm.event(), Event::BackendBack { id, connection });
+}
+
+#[test]
+fn killed_back_ends_are_replaced_and_no_request_is_lost() {
+    let (mut vmm, mut process) = running();
+    enable_msix(&mut vmm, false);
+    set_up(&mut vmm);
+    request(&mut vmm, 1);
+    wait_used(&mut vmm, 1);
+    for round in 1..=5 {
+        drop(process);
+        let reason = expect_lost(&vmm, round - 1);
+        assert!(reason.contains("closed"), "{reason}");
+        // The registers answer, and a request waits.
+        let requests = 1 + u64::from(round);
+        request(&mut vmm, requests);
+        assert_eq!(vmm.number(&format!("read {:#x} 1", BAR + 20)), 15);
+        assert_eq!(vmm.number(&format!("read {:#x} 2", USED + 2)), requests - 1);
+        process = Process::start(program("anemone-rng"), &[]).unwrap();
+        interrupted(&mut vmm);
+        reconnect(&vmm, round, &connect(&process));
+        wait_used(&mut vmm, requests);
+        wait("the interrupt", || interrupted(&mut vmm));
+        expect_back(&vmm, round);
+    }
+}
+
+#[test]
+fn driver_resets_and_starts_a_device_whose_back_end_is_gone() {
+    let (mut vmm, process) = running();
+    set_up(&mut vmm);
+    drop(process);
+    expect_lost(&vmm, 0);
+    for _ in 0..2 {
+        vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
+        wait("the reset", || {
+            vmm.number(&format!("read {:#x} 1", BAR + 20)) == 0
+        });
+        set_up(&mut vmm);
+    }
+    request(&mut vmm, 1);
+    // One that fails at once, and one that works.
+    let (socket, other) = UnixStream::pair().unwrap();
+    drop(other);
+    reconnect(&vmm, 1, &socket);
+    expect_lost(&vmm, 1);
+    let process = Process::start(program("anemone-rng"), &[]).unwrap();
+    reconnect(&vmm, 2, &connect(&process));
+    wait_used(&mut vmm, 1);
+    expect_back(&vmm, 2);
+}
+
+#[test]
+fn use_of_a_device_is_told() {
+    let untouched = |vmm: &Vmm| {
+        vmm.channel.send(&ToVmm::Devices, &[]).unwrap();
+        match vmm.channel.recv().unwrap().message {
+            FromVmm::Devices(mut devices) => {
+                assert_eq!((devices.len(), devices[0].id.as_str()), (1, "rng"));
+                devices.remove(0).untouched.unwrap_or_default()
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let (mut vmm, _process) = running();
+    assert!(untouched(&vmm).contains("no driver"));
+    vmm.ask(&format!("write {:#x} 1 3", BAR + 20));
+    assert!(untouched(&vmm).contains("never said that it was ready"));
+    // FEATURES_OK without VIRTIO_F_VERSION_1.
+    vmm.ask(&format!("write {:#x} 1 11", BAR + 20));
+    assert!(untouched(&vmm).contains("did not agree on features"));
+    vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
+    set_up(&mut vmm);
+    assert!(untouched(&vmm).contains("never made a request"));
+    request(&mut vmm, 1);
+    assert_eq!(untouched(&vmm), "");
+    vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
+    assert_eq!(untouched(&vmm), "");
 }
 
 #[test]

@@ -9,8 +9,8 @@ use thiserror::Error as ThisError;
 
 use crate::short::{self, Short, Switch};
 use crate::value::{
-    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Machine, MemorySize, OnPanic,
-    OnReboot, Sandbox, SinkType, Size, Within,
+    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, OnPanic,
+    OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, Within,
 };
 use crate::vsock::Vsock;
 
@@ -106,8 +106,33 @@ pub struct Config {
     pub on_reboot: OnReboot,
     /// What happens when the guest's kernel panics.
     pub on_panic: OnPanic,
+    /// What happens when a device process ends while the VM runs.
+    #[serde(deserialize_with = "short::table")]
+    pub restart: Restart,
     /// What a process does that its jail forbids.
     pub sandbox: Sandbox,
+}
+
+/// What happens when a device process ends while the VM runs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Restart {
+    /// Whether it is started again.
+    pub policy: RestartPolicy,
+    /// How often, for each process. One that ends more often ends the VM.
+    pub limit: RestartLimit,
+    /// Devices whose processes are never started again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub never: Option<Ids>,
+}
+
+impl Restart {
+    /// Whether the process of this device is started again.
+    pub fn applies_to(&self, id: &str) -> bool {
+        let excepted = self.never.iter().flat_map(|ids| &ids.0);
+        self.policy == RestartPolicy::Always
+            && excepted.into_iter().all(|other| other.as_str() != id)
+    }
 }
 
 /// What runs the guest's code.
@@ -292,6 +317,9 @@ impl Short for Cpus {
 }
 impl Short for Memory {
     const MAIN_KEY: Option<&'static str> = Some("size");
+}
+impl Short for Restart {
+    const MAIN_KEY: Option<&'static str> = Some("policy");
 }
 impl Short for Disk {
     const MAIN_KEY: Option<&'static str> = Some("path");

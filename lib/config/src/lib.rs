@@ -19,12 +19,12 @@ mod vm;
 mod vsock;
 
 pub use config::{
-    Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Rng, Serial,
+    Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Restart, Rng, Serial,
 };
 pub use short::{Short, Switch};
 pub use value::{
-    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Machine, MemorySize, OnPanic,
-    OnReboot, Sandbox, SinkType, Size, ValueError, Within,
+    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, OnPanic,
+    OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError, Within,
 };
 pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};
 pub use vsock::{Cid, Vsock};

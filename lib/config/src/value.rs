@@ -241,6 +241,16 @@ words! {
     }
 }
 words! {
+    /// What happens when a device process ends while the VM runs.
+    RestartPolicy {
+        /// It is started again; the guest sees a pause.
+        #[default]
+        Always = "always",
+        /// The VM ends with an error.
+        Never = "never",
+    }
+}
+words! {
     /// What a process does that its jail forbids.
     Sandbox {
         /// It dies, with a report.
@@ -250,6 +260,92 @@ words! {
         Log = "log",
     }
 }
+
+/// How often a device process may be started again, written `COUNT/SECONDS`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestartLimit {
+    /// Most restarts of one process within the time.
+    pub count: u32,
+    /// The time in seconds.
+    pub seconds: u32,
+}
+
+impl RestartLimit {
+    /// Largest value of both numbers.
+    const MAX: u32 = 1_000_000;
+
+    fn allowed() -> String {
+        "COUNT/SECONDS, both from 1 to 1000000, such as 10/60: at most 10 restarts within 60 seconds"
+            .to_owned()
+    }
+}
+
+impl Default for RestartLimit {
+    fn default() -> Self {
+        Self {
+            count: 10,
+            seconds: 60,
+        }
+    }
+}
+
+impl fmt::Display for RestartLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.count, self.seconds)
+    }
+}
+
+impl FromStr for RestartLimit {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let number = |text: &str| {
+            let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+            let number = text.parse().ok().filter(|_| digits);
+            number.filter(|number| (1..=Self::MAX).contains(number))
+        };
+        let limit = text.split_once('/').and_then(|(count, seconds)| {
+            Some(Self {
+                count: number(count)?,
+                seconds: number(seconds)?,
+            })
+        });
+        limit.ok_or_else(|| ValueError::new(text, Self::allowed()))
+    }
+}
+
+serde_as_text!(RestartLimit);
+
+/// Ids with `+` between them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ids(pub Vec<Id>);
+
+impl Ids {
+    fn allowed() -> String {
+        "ids of devices with + between them, such as disk0+rng".to_owned()
+    }
+}
+
+impl fmt::Display for Ids {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, id) in self.0.iter().enumerate() {
+            write!(f, "{}{id}", if number > 0 { "+" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Ids {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let ids: Result<_, _> = text.split('+').map(str::parse).collect();
+        ids.map(Self)
+            .map_err(|_| ValueError::new(text, Self::allowed()))
+    }
+}
+
+serde_as_text!(Ids);
 
 /// A number of bytes, written like `4096`, `512M` or `2GiB`: K, M, G and T are powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]

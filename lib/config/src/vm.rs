@@ -85,6 +85,9 @@ pub enum Invalid {
     /// Two devices have one name.
     #[error("the id `{0}` is used twice; every device has an id of its own")]
     IdTaken(String),
+    /// A device that the VM does not have.
+    #[error("`restart`: `never` names `{0}`, and no device has that id")]
+    UnknownDevice(String),
     /// Two devices want standard input.
     #[error(
         "`console` and `serial` both use standard input and output; send one of them elsewhere \
@@ -286,6 +289,11 @@ impl Config {
         });
         if on_stdio && serial.as_ref().is_some_and(|port| port.sink == Sink::Stdio) {
             return Err(Invalid::StdioTaken);
+        }
+        for id in self.restart.never.iter().flat_map(|ids| &ids.0) {
+            if !names.ids.contains(id) {
+                return Err(Invalid::UnknownDevice(id.to_string()));
+            }
         }
         let cmdline = self
             .cmdline

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anemone_config::{
-    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Pmem, Rng, Serial, Short,
-    Sink, SinkType, Size, Switch, Vm, Vsock, Within,
+    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Pmem, Restart, Rng,
+    Serial, Short, Sink, SinkType, Size, Switch, Vm, Vsock, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -400,6 +400,7 @@ fn documentation() {
         unknown_key::<PanicDevice>(),
         unknown_key::<Vsock>(),
         unknown_key::<Cpus>(),
+        unknown_key::<Restart>(),
     ] {
         for key in table.split('`').skip(3).step_by(2) {
             assert!(text.contains(&format!("`{key}`")), "{key} is not explained");

@@ -3,7 +3,8 @@
 //! The conversation: the supervisor sends [`ToVmm::Configure`] once. The VMM answers
 //! [`FromVmm::Ready`] when the guest could run, or [`FromVmm::Refused`] and exits. The
 //! supervisor then sends [`ToVmm::Start`] (or closes the channel, which ends a `check`). From then on
-//! [`FromVmm::Event`] follows; after an event that ends the guest the VMM exits.
+//! [`FromVmm::Event`] follows; after an event that ends the guest the VMM exits. A back end that is
+//! lost does not end it: the supervisor sends a connection to the next one.
 
 use serde::{Deserialize, Serialize};
 
@@ -104,6 +105,17 @@ pub enum ToVmm {
     Start,
     /// The user pressed the power button.
     PowerButton,
+    /// Go on with another back end of a device. The one before can touch guest memory no more.
+    Reconnect {
+        /// Id of the device.
+        id: String,
+        /// Number of the connection, higher than those before; the first of a device is 0.
+        connection: u32,
+        /// Connected vhost-user stream socket.
+        socket: FdIndex,
+    },
+    /// Tell what the guest has made of its devices.
+    Devices,
 }
 
 /// VMM to supervisor.
@@ -119,6 +131,18 @@ pub enum FromVmm {
     },
     /// Something happened to the guest.
     Event(Event),
+    /// The answer to [`ToVmm::Devices`]; also sent before an event that ends the guest.
+    Devices(Vec<DeviceUse>),
+}
+
+/// What the guest has made of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceUse {
+    /// Id of the device.
+    pub id: String,
+    /// Why no driver has ever used it, for the user; absent if one has.
+    pub untouched: Option<String>,
 }
 
 /// The machine as built, for `anemone check`.
@@ -147,11 +171,29 @@ pub enum Event {
     },
     /// The guest kernel panicked. The guest goes on: it may still write a crash dump or reset.
     Panic,
-    /// A device's back end is gone or broke the protocol. The VM cannot go on.
-    DeviceFailed {
-        /// Its id.
+    /// A device's back end is gone, does not answer or broke the protocol. The device waits for
+    /// [`ToVmm::Reconnect`]; the guest goes on.
+    BackendLost {
+        /// Id of the device.
         id: String,
+        /// Number of the connection that failed.
+        connection: u32,
         /// What happened.
+        reason: String,
+    },
+    /// The back end of a [`ToVmm::Reconnect`] serves the guest.
+    BackendBack {
+        /// Id of the device.
+        id: String,
+        /// Number of the connection.
+        connection: u32,
+    },
+    /// The back end of a [`ToVmm::Reconnect`] cannot go on where the one before was lost. The
+    /// guest's driver is told to reset the device.
+    BackendUnfit {
+        /// Id of the device.
+        id: String,
+        /// What does not fit.
         reason: String,
     },
     /// The VMM cannot go on.

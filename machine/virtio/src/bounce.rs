@@ -43,7 +43,7 @@ use anemone_accel_api::EventFd;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
-use crate::front_end::GuestRam;
+use crate::ram::GuestRam;
 use crate::work::Start;
 use memory::{BASE, Memory, PAGE, Region};
 use queue::{Queue, Rings};

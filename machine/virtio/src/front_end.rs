@@ -1,308 +1,291 @@
-//! The device thread: the front end of one vhost-user connection.
+//! The device thread: it serves the registers, and outlives its back ends.
+//!
+//! ```text
+//!              connection fails, no answer in time, nonsense: Lost
+//!   served ───────────────────────────────────────────────────────▶ waiting
+//!      ▲                                                               │
+//!      └── handshake, memory, queues, kicks: Back ◀── Work::reconnect ─┘
+//! ```
+//!
+//! While it waits, everything that the driver does is kept: a start, vectors, configuration bytes,
+//! a reset. The latched start of a driver stays until the driver resets the device, so that the
+//! next back end gets the same queues. The guest sees a pause.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use anemone_log::warn_limited;
-use anemone_vhost_user::message::{F_PROTOCOL_FEATURES, VringAddr, protocol_features as protocol};
-use anemone_vhost_user::{BackendRequestReceiver, Error as ProtocolError, Frontend, MemoryRegion};
-use thiserror::Error;
+use anemone_vhost_user::Error as ProtocolError;
 
+use crate::ram::GuestRam;
+use crate::session::{Base, Connected, Error, Inflight, Limits, Session};
 use crate::transport::VirtioPci;
-use crate::work::{Start, WorkQueue};
+use crate::work::{Reconnect, Start, Work, WorkQueue};
 
-/// How long a back end may take to answer. It may have to finish disk requests first.
-const TIMEOUT: Duration = Duration::from_secs(10);
-/// The protocol features this front end makes use of.
-const PROTOCOL: u64 = protocol::MQ | protocol::REPLY_ACK | protocol::BACKEND_REQ | protocol::CONFIG;
-
-/// Why a device's back end can no longer be used.
-#[derive(Debug, Error)]
-pub enum Error {
-    /// The conversation failed.
-    #[error("{0}")]
-    Protocol(#[from] ProtocolError),
-    /// A system call failed.
-    #[error("{what}: {source}")]
-    Os {
-        /// What was tried.
-        what: &'static str,
-        /// The system's answer.
-        source: io::Error,
+/// What a device thread reports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// The back end is gone, hangs or broke the protocol. The device waits for another one.
+    Lost {
+        /// Number of the connection that failed.
+        connection: u32,
+        /// What happened.
+        reason: String,
     },
-    /// The back end cannot serve a modern device.
-    #[error("the back end does not offer {0}")]
-    Lacks(&'static str),
+    /// Another back end serves in its place.
+    Back {
+        /// Number of the connection.
+        connection: u32,
+    },
+    /// The back end cannot go on where the one before was lost; the driver is told to start over.
+    Unfit {
+        /// What does not fit.
+        reason: String,
+    },
 }
 
-/// Guest RAM as back ends map it: regions of descriptors, by guest-physical address.
-///
-/// The "user addresses" by which vhost-user names places in memory are the guest-physical ones.
-/// They serve only to find the region, and so the layout of this process stays its own secret.
-#[derive(Debug)]
-pub struct GuestRam {
-    /// First address, length in bytes, the memory, and where in it the region begins.
-    pub regions: Vec<(u64, u64, OwnedFd, u64)>,
-}
-
-impl GuestRam {
-    /// Whether an area lies wholly in one region.
-    pub fn contains(&self, address: u64, length: u64) -> bool {
-        self.regions.iter().any(|(start, size, _, _)| {
-            address
-                .checked_sub(*start)
-                .is_some_and(|at| at < *size && size - at >= length)
-        })
-    }
-
-    fn table(&self) -> Vec<MemoryRegion<'_>> {
-        self.regions
-            .iter()
-            .map(|(start, size, fd, offset)| MemoryRegion {
-                guest_addr: *start,
-                size: *size,
-                user_addr: *start,
-                fd: fd.as_fd(),
-                offset: *offset,
-            })
-            .collect()
-    }
-}
-
-/// What a back end offers, learnt before the guest starts.
-#[derive(Debug)]
-pub struct Connected {
-    /// virtio features.
-    pub features: u64,
-    /// Number of virtqueues.
-    pub queues: u16,
-    /// Device-specific configuration.
-    pub config: Vec<u8>,
-}
-
-/// The conversation with one back end.
+/// The front end of a device: the first connection, until [`run`](Self::run) makes it a device.
 pub struct FrontEnd {
-    connection: Frontend,
-    requests: Option<BackendRequestReceiver>,
-    protocol: u64,
-    config_size: u16,
-    /// Queues that the back end has.
-    running: Vec<u16>,
+    limits: Limits,
+    session: Session,
 }
 
 impl FrontEnd {
-    /// Starts the conversation. The device has at most `max_queues` queues and `config_size` bytes of
-    /// configuration.
+    /// Starts the conversation with the first back end.
     ///
     /// # Errors
     /// The back end is gone, silent, or not able to serve a modern device.
-    pub fn connect(
-        socket: UnixStream,
-        max_queues: u16,
-        config_size: u16,
-    ) -> Result<(Self, Connected), Error> {
-        let mut connection = Frontend::new(socket, TIMEOUT);
-        connection.set_owner()?;
-        let features = connection.features()?;
-        if features & crate::feature::VERSION_1 == 0 {
-            return Err(Error::Lacks("VIRTIO_F_VERSION_1"));
-        }
-        if features & F_PROTOCOL_FEATURES == 0 {
-            return Err(Error::Lacks("VHOST_USER_F_PROTOCOL_FEATURES"));
-        }
-        let protocol = connection.protocol_features()? & PROTOCOL;
-        connection.set_protocol_features(protocol)?;
-        let queues = if protocol & protocol::MQ != 0 {
-            max_queues.min(connection.queue_num()?.try_into().unwrap_or(u16::MAX))
-        } else {
-            max_queues
-        };
-        let config = if config_size == 0 {
-            Vec::new()
-        } else if protocol & protocol::CONFIG == 0 {
-            return Err(Error::Lacks("VHOST_USER_PROTOCOL_F_CONFIG"));
-        } else {
-            connection.config(0, config_size.into())?
-        };
-        let requests = if protocol & protocol::BACKEND_REQ != 0 {
-            let os = |source| Error::Os {
-                what: "socketpair",
-                source,
-            };
-            let (ours, theirs) = UnixStream::pair().map_err(os)?;
-            connection.set_backend_req_fd(theirs.as_fd())?;
-            Some(BackendRequestReceiver::new(ours, TIMEOUT))
-        } else {
-            None
-        };
-        let front_end = Self {
-            connection,
-            requests,
-            protocol,
-            config_size,
-            running: Vec::new(),
-        };
-        Ok((
-            front_end,
-            Connected {
-                features,
-                queues,
-                config,
-            },
-        ))
+    pub fn connect(socket: UnixStream, limits: Limits) -> Result<(Self, Connected), Error> {
+        let (session, connected) = Session::open(socket, &limits)?;
+        Ok((Self { limits, session }, connected))
     }
 
-    /// Serves the registers until the connection fails; returns why.
-    pub fn run(mut self, device: &VirtioPci, ram: &GuestRam, work: &WorkQueue) -> Error {
+    /// Serves the registers, with one back end after the other, for as long as the process lives.
+    /// Returns only if the system does not let it wait.
+    pub fn run(
+        self,
+        device: &VirtioPci,
+        ram: &GuestRam,
+        work: &WorkQueue,
+        tell: &dyn Fn(Notice),
+    ) -> io::Error {
+        let mut thread = Thread {
+            limits: self.limits,
+            session: Some(self.session),
+            connection: 0,
+            hung_up: false,
+            started: None,
+            inflight: None,
+            pending: Work::default(),
+            device,
+            ram,
+            work,
+            tell,
+        };
         loop {
-            if let Err(e) = self.step(device, ram, work) {
+            if let Err(e) = thread.turn() {
                 return e;
             }
         }
     }
-
-    fn step(&mut self, device: &VirtioPci, ram: &GuestRam, work: &WorkQueue) -> Result<(), Error> {
-        let entry = |fd, events| libc::pollfd {
-            fd,
-            events,
-            revents: 0,
-        };
-        let requests = self.requests.as_ref().map_or(-1, |r| r.as_fd().as_raw_fd());
-        let mut poll = [
-            entry(work.as_fd().as_raw_fd(), libc::POLLIN),
-            // Outside a request the back end has nothing to say: readable means it hung up.
-            entry(self.connection.as_fd().as_raw_fd(), libc::POLLIN),
-            entry(requests, libc::POLLIN),
-        ];
-        // SAFETY: three initialised entries; a negative descriptor is skipped.
-        if unsafe { libc::poll(poll.as_mut_ptr(), 3, -1) } < 0 {
-            let source = io::Error::last_os_error();
-            return match source.kind() {
-                io::ErrorKind::Interrupted => Ok(()),
-                _ => Err(Error::Os {
-                    what: "poll",
-                    source,
-                }),
-            };
-        }
-        if poll[1].revents != 0 {
-            return Err(ProtocolError::Closed.into());
-        }
-        if poll[2].revents != 0 {
-            self.backend_request(device)?;
-        }
-        if poll[0].revents == 0 {
-            return Ok(());
-        }
-        let work = work.take();
-        if work.stop {
-            self.stop()?;
-            device.reset_done();
-        }
-        if let Some(start) = work.start {
-            match self.start(&start, ram) {
-                // What the guest has set up does not suit the back end: the driver is told.
-                Err(Error::Protocol(e @ ProtocolError::Refused(..))) => {
-                    warn_limited!("the driver's set-up was refused: {e}");
-                    device.needs_reset();
-                }
-                other => other?,
-            }
-        }
-        for (index, call) in work.calls {
-            if self.running.contains(&index) {
-                self.connection.set_vring_call(index, call.as_fd())?;
-            }
-        }
-        if !work.config.is_empty() && self.protocol & protocol::CONFIG != 0 {
-            for (offset, bytes) in runs(&work.config) {
-                match self.connection.set_config(offset.into(), &bytes) {
-                    Err(e @ ProtocolError::Refused(..)) => {
-                        warn_limited!("a write to the device's configuration was refused: {e}");
-                    }
-                    other => other?,
-                }
-            }
-            self.refresh_config(device)?;
-        }
-        Ok(())
-    }
-
-    /// The back end has something to say of its own accord.
-    fn backend_request(&mut self, device: &VirtioPci) -> Result<(), Error> {
-        let Some(receiver) = &mut self.requests else {
-            return Ok(());
-        };
-        match receiver.try_recv() {
-            Ok(Some(anemone_vhost_user::BackendRequest::ConfigChange)) => {
-                self.refresh_config(device)
-            }
-            Ok(None) => Ok(()),
-            // The back end may close this socket; it then has no more to say.
-            Err(ProtocolError::Closed) => {
-                self.requests = None;
-                Ok(())
-            }
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    fn refresh_config(&mut self, device: &VirtioPci) -> Result<(), Error> {
-        if self.config_size > 0 && self.protocol & protocol::CONFIG != 0 {
-            device.config_changed(&self.connection.config(0, self.config_size.into())?);
-        }
-        Ok(())
-    }
-
-    fn start(&mut self, start: &Start, ram: &GuestRam) -> Result<(), Error> {
-        let connection = &mut self.connection;
-        connection.set_features(start.features | F_PROTOCOL_FEATURES)?;
-        connection.set_mem_table(&ram.table())?;
-        for q in &start.queues {
-            connection.set_vring_num(q.index, q.size)?;
-            connection.set_vring_base(q.index, 0)?;
-            connection.set_vring_addr(
-                q.index,
-                &VringAddr {
-                    descriptor: q.descriptors,
-                    used: q.used,
-                    available: q.available,
-                    log: None,
-                },
-            )?;
-            connection.set_vring_call(q.index, q.call.as_fd())?;
-            connection.set_vring_kick(q.index, q.kick.as_fd())?;
-            self.running.push(q.index);
-        }
-        for q in &start.queues {
-            connection.set_vring_enable(q.index, true)?;
-            // A kick may have come before the back end could listen.
-            q.kick.signal();
-        }
-        Ok(())
-    }
-
-    fn stop(&mut self) -> Result<(), Error> {
-        for index in std::mem::take(&mut self.running) {
-            self.connection.set_vring_enable(index, false)?;
-            self.connection.get_vring_base(index)?;
-        }
-        Ok(())
-    }
 }
 
-/// Joins bytes at consecutive offsets.
-fn runs(bytes: &std::collections::BTreeMap<u16, u8>) -> Vec<(u16, Vec<u8>)> {
-    let mut runs: Vec<(u16, Vec<u8>)> = Vec::new();
-    for (&offset, &byte) in bytes {
-        match runs.last_mut() {
-            Some((start, run)) if usize::from(*start) + run.len() == usize::from(offset) => {
-                run.push(byte);
+struct Thread<'a> {
+    limits: Limits,
+    /// The connection; none while the device waits for a back end.
+    session: Option<Session>,
+    /// Number of the connection, or of the one that was lost.
+    connection: u32,
+    /// The lost back end has closed its connection itself, which is how the death of a process
+    /// shows. One that merely does not answer may still write to guest memory.
+    hung_up: bool,
+    /// The set-up of the driver, from its start to its reset.
+    started: Option<Start>,
+    /// What back ends have in flight since then.
+    inflight: Option<Inflight>,
+    /// What the driver has asked for that no back end has carried out.
+    pending: Work,
+    device: &'a VirtioPci,
+    ram: &'a GuestRam,
+    work: &'a WorkQueue,
+    tell: &'a dyn Fn(Notice),
+}
+
+/// What a wait has found.
+struct Ready {
+    work: bool,
+    hung_up: bool,
+    request: bool,
+}
+
+impl Thread<'_> {
+    fn turn(&mut self) -> io::Result<()> {
+        let ready = self.wait()?;
+        if ready.work {
+            let mut work = self.work.take();
+            let reconnect = work.reconnect.take();
+            self.pending.extend(work);
+            if let Some(reconnect) = reconnect {
+                let outcome = self.resume(reconnect);
+                self.check(outcome);
+                return Ok(());
             }
-            _ => runs.push((offset, vec![byte])),
+        }
+        let outcome = self.serve(&ready);
+        self.check(outcome);
+        Ok(())
+    }
+
+    fn wait(&self) -> io::Result<Ready> {
+        let [connection, requests] = self.session.as_ref().map_or([-1, -1], Session::watched);
+        let mut poll =
+            [self.work.as_fd().as_raw_fd(), connection, requests].map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
+        // SAFETY: three initialised entries; a negative descriptor is skipped.
+        if unsafe { libc::poll(poll.as_mut_ptr(), 3, -1) } < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+            poll.iter_mut().for_each(|entry| entry.revents = 0);
+        }
+        let [work, hung_up, request] = poll.map(|entry| entry.revents != 0);
+        Ok(Ready {
+            work,
+            // Outside a request the back end has nothing to say over the connection.
+            hung_up,
+            request,
+        })
+    }
+
+    /// With a back end that fails, the device waits for the next one.
+    fn check(&mut self, outcome: Result<(), Error>) {
+        let Err(error) = outcome else { return };
+        self.session = None;
+        self.hung_up = matches!(error, Error::Protocol(ProtocolError::Closed));
+        (self.tell)(Notice::Lost {
+            connection: self.connection,
+            reason: error.to_string(),
+        });
+        self.reset_without_back_end();
+    }
+
+    /// A reset needs no back end if none can touch the queues any more.
+    fn reset_without_back_end(&mut self) {
+        if self.pending.stop && self.session.is_none() && self.hung_up {
+            self.reset_done();
         }
     }
-    runs
+
+    fn reset_done(&mut self) {
+        self.pending.stop = false;
+        self.started = None;
+        self.inflight = None;
+        self.device.reset_done();
+    }
+
+    fn serve(&mut self, ready: &Ready) -> Result<(), Error> {
+        let Some(session) = &mut self.session else {
+            self.reset_without_back_end();
+            return Ok(());
+        };
+        if ready.hung_up {
+            return Err(ProtocolError::Closed.into());
+        }
+        if ready.request {
+            session.backend_request(self.device)?;
+        }
+        if self.pending.stop {
+            session.stop()?;
+            self.reset_done();
+        }
+        if let Some(start) = self.pending.start.take() {
+            // From here on it is the device's state, whether this back end lives to see it or not.
+            self.started = Some(start);
+            self.start(Base::First)?;
+        }
+        self.carry_out()
+    }
+
+    /// Gives the queues to the back end.
+    fn start(&mut self, base: Base) -> Result<(), Error> {
+        let (Some(session), Some(start)) = (&mut self.session, &self.started) else {
+            return Ok(());
+        };
+        match session.start(start, self.ram, base, &mut self.inflight) {
+            // What the guest has set up does not suit the back end: the driver is told.
+            Err(Error::Protocol(e @ ProtocolError::Refused(..))) => {
+                warn_limited!("the driver's set-up was refused: {e}");
+                self.device.needs_reset();
+                if base == Base::Used {
+                    (self.tell)(Notice::Unfit {
+                        reason: e.to_string(),
+                    });
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// What a device can be asked for while it runs.
+    fn carry_out(&mut self) -> Result<(), Error> {
+        let Some(session) = &mut self.session else {
+            return Ok(());
+        };
+        for (index, call) in std::mem::take(&mut self.pending.calls) {
+            let queues = self.started.iter_mut().flat_map(|s| &mut s.queues);
+            for queue in queues.filter(|queue| queue.index == index) {
+                queue.call = call.clone();
+            }
+            session.set_call(index, &call)?;
+        }
+        // Forgotten only when it is done.
+        session.write_config(&self.pending.config, self.device)?;
+        self.pending.config.clear();
+        Ok(())
+    }
+
+    /// Goes on with another back end.
+    fn resume(&mut self, reconnect: Reconnect) -> Result<(), Error> {
+        self.session = None;
+        self.connection = reconnect.connection;
+        if self.pending.stop {
+            // Nobody is left that could touch the queues.
+            self.reset_done();
+        }
+        let (session, connected) = Session::open(reconnect.socket, &self.limits)?;
+        self.session = Some(session);
+        if let Some(start) = self.pending.start.take() {
+            self.started = Some(start);
+        }
+        // A vector that changed while nobody listened is set with the queues.
+        for (index, call) in std::mem::take(&mut self.pending.calls) {
+            let queues = self.started.iter_mut().flat_map(|s| &mut s.queues);
+            for queue in queues.filter(|queue| queue.index == index) {
+                queue.call = call.clone();
+            }
+        }
+        match self.device.replaced(&connected) {
+            Ok(()) => self.start(Base::Used)?,
+            Err(reason) => {
+                self.started = None;
+                self.inflight = None;
+                self.device.needs_reset();
+                (self.tell)(Notice::Unfit { reason });
+            }
+        }
+        if self.pending.config.is_empty() {
+            self.device.config_changed(&connected.config);
+        }
+        self.carry_out()?;
+        (self.tell)(Notice::Back {
+            connection: self.connection,
+        });
+        Ok(())
+    }
 }

@@ -12,16 +12,21 @@
 //! ```
 //!
 //! A slow or dead back end therefore delays only its own device: a driver that resets it reads
-//! the old status until the device thread is done, as the specification allows.
+//! the old status until the device thread is done, as the specification allows. A back end that is
+//! lost is replaced under a running guest ([`FrontEnd`]).
 
 pub mod bounce;
 mod front_end;
+mod ram;
+mod session;
 mod transport;
 mod work;
 
-pub use front_end::{Connected, Error, FrontEnd, GuestRam};
-pub use transport::{Layout, VirtioPci};
-pub use work::{Start, StartQueue, Work, WorkQueue};
+pub use front_end::{FrontEnd, Notice};
+pub use ram::GuestRam;
+pub use session::{Connected, Error, Limits};
+pub use transport::{Layout, Untouched, VirtioPci};
+pub use work::{Reconnect, Start, StartQueue, Work, WorkQueue};
 
 /// Feature bits of virtio 1.2, section 6.
 mod feature {

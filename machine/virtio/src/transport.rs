@@ -1,6 +1,7 @@
 //! The virtio-pci function: its capabilities, its common configuration, and its doorbells.
 
 mod common;
+mod touched;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,9 +12,12 @@ use anemone_log::warn_limited;
 use anemone_pci::{BarKind, BarRange, ConfigSpace, Identity, Msix, PciFunction};
 
 use crate::feature;
-use crate::front_end::GuestRam;
+use crate::ram::GuestRam;
+use crate::session::Connected;
 use crate::work::{Start, StartQueue, WorkQueue};
 use common::{Common, Queue, status};
+use touched::Reached;
+pub use touched::Untouched;
 
 /// virtio's PCI vendor, and what is added to the device type.
 const VENDOR: u16 = 0x1AF4;
@@ -73,6 +77,8 @@ struct Registers {
     resetting: bool,
     /// BAR address at which the doorbells are registered with the accelerator.
     doorbells_at: Option<u64>,
+    /// How far any driver has come with the device.
+    reached: Reached,
 }
 
 /// A virtio device on the PCI bus.
@@ -146,6 +152,7 @@ impl VirtioPci {
                 active: false,
                 resetting: false,
                 doorbells_at: None,
+                reached: Reached::default(),
             }),
         })
     }
@@ -179,6 +186,16 @@ impl VirtioPci {
         Self::interrupt_config(&r);
     }
 
+    /// Another back end is there, in place of one that was lost.
+    ///
+    /// # Errors
+    /// It lacks what the driver uses: only a reset helps.
+    pub(crate) fn replaced(&self, connected: &Connected) -> Result<(), String> {
+        let offered = connected.features & feature::OFFERED | feature::VERSION_1;
+        let queues = connected.queues.min(self.kicks.len() as u16);
+        self.lock().common.replace(offered, queues)
+    }
+
     /// The device cannot go on until the driver resets it.
     pub fn needs_reset(&self) {
         self.lock().fail();
@@ -196,6 +213,20 @@ impl VirtioPci {
     pub fn driver(&self) -> (u8, u64) {
         let r = self.lock();
         (r.common.status, r.common.accepted)
+    }
+
+    /// Why no driver has ever used the device; `None` if one has.
+    pub fn untouched(&self) -> Option<Untouched> {
+        let mut guard = self.lock();
+        let r = &mut *guard;
+        self.note_use(r);
+        r.reached.untouched()
+    }
+
+    /// Remembers whether the driver has made something available, before its rings are forgotten.
+    fn note_use(&self, r: &mut Registers) {
+        let used = |q: &Queue| q.enabled && self.ram.available_index(q.available) != 0;
+        r.reached.used |= r.active && r.common.queues.iter().any(used);
     }
 
     /// The interrupt of a queue.
@@ -245,6 +276,7 @@ impl VirtioPci {
             return;
         }
         if value == 0 {
+            self.note_use(r);
             if r.active {
                 r.resetting = true;
                 self.update_doorbells(r);
@@ -258,6 +290,7 @@ impl VirtioPci {
         let before = r.common.status;
         r.common.set_status(value);
         let now = r.common.status;
+        r.reached.status(value, now, &r.common);
         if before & status::DRIVER_OK == 0 && now & status::DRIVER_OK != 0 {
             match self.latch(r) {
                 Ok(start) => {

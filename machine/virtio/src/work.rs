@@ -1,8 +1,10 @@
-//! What the registers ask of the device thread. The guest can ask as often as it likes; later
-//! requests replace earlier ones, so the amount that waits is bounded.
+//! What the registers and the supervisor ask of the device thread. The guest can ask as often as
+//! it likes, also while no back end is there; later requests replace earlier ones, so the amount
+//! that waits is bounded.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anemone_accel_api::EventFd;
@@ -35,9 +37,20 @@ pub struct Start {
     pub queues: Vec<StartQueue>,
 }
 
+/// A connection to a back end that takes the place of the one before.
+#[derive(Debug)]
+pub struct Reconnect {
+    /// Number of the connection; the first one of a device is 0.
+    pub connection: u32,
+    /// Its vhost-user stream socket.
+    pub socket: UnixStream,
+}
+
 /// What is to be done, in this order.
 #[derive(Debug, Default)]
 pub struct Work {
+    /// Go on with this back end.
+    pub reconnect: Option<Reconnect>,
     /// Stop all queues, then report the reset as done.
     pub stop: bool,
     /// Start the device.
@@ -53,6 +66,21 @@ pub struct Work {
 pub struct WorkQueue {
     work: Mutex<Work>,
     wake: EventFd,
+}
+
+impl Work {
+    /// Adds what was asked later.
+    pub(crate) fn extend(&mut self, later: Self) {
+        if later.stop {
+            *self = later;
+            return;
+        }
+        if later.start.is_some() {
+            self.start = later.start;
+        }
+        self.calls.extend(later.calls);
+        self.config.extend(later.config);
+    }
 }
 
 impl WorkQueue {
@@ -77,14 +105,21 @@ impl WorkQueue {
         self.add(|w| w.start = Some(start));
     }
 
-    /// A reset drops everything that was asked before it.
+    /// A reset drops everything that the driver has asked before it.
     pub(crate) fn stop(&self) {
         self.add(|w| {
             *w = Work {
+                reconnect: w.reconnect.take(),
                 stop: true,
                 ..Work::default()
             }
         });
+    }
+
+    /// Has the device go on with another back end. The caller has made sure that the one before
+    /// touches guest memory no more.
+    pub fn reconnect(&self, reconnect: Reconnect) {
+        self.add(|w| w.reconnect = Some(reconnect));
     }
 
     pub(crate) fn set_call(&self, index: u16, call: Arc<EventFd>) {

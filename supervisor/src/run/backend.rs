@@ -1,11 +1,13 @@
 //! The back end of one device: opened, started, connected.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anemone_config::{self as config, Device, Kind, SerialPort, Vm};
+use anemone_config::{self as config, Device, Kind, RestartLimit, SerialPort, Vm};
 use anemone_ipc::device::ToDevice;
 use anemone_ipc::{Channel, FdIndex};
 
@@ -16,10 +18,16 @@ use crate::programs::Programs;
 use crate::registry;
 use crate::sink::{self, OpenSink};
 use crate::spawn::{Process, Program};
+use crate::sys::{self, Exit};
 use crate::vmm::control_options;
 use crate::wiring::PmemFiles;
 
 use super::dial::Dialer;
+use super::kept::Kept;
+use super::restart::Restarts;
+
+/// A process that dies closes its channels a moment before it can be waited for.
+const ENDING: Duration = Duration::from_millis(50);
 
 /// A back end whose files are open and whose program has been found, but which does not run yet.
 #[derive(Debug)]
@@ -119,59 +127,62 @@ impl Prepared {
 
     /// Starts the process, if it is one to start. The second result is the VMM's end of the
     /// connection.
-    pub fn start(self, environment: Environment<'_>) -> Result<(Backend, UnixStream), Error> {
-        let (path, part) = match self.service {
-            Service::Start { path, part } => (path, part),
+    pub fn start(
+        self,
+        environment: Environment<'_>,
+        limit: RestartLimit,
+    ) -> Result<(Backend, UnixStream), Error> {
+        let (service, stream) = match self.service {
+            Service::Start { path, part } => {
+                let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
+                let serial = matches!(part, Part::Serial(_));
+                let mut child = Child {
+                    path,
+                    kept: Kept::new(part.kept_room()),
+                    part,
+                    process: None,
+                    channel: None,
+                    ready: false,
+                    stream: None,
+                    next: None,
+                    restarts: Restarts::new(limit, Instant::now()),
+                    due: None,
+                };
+                if serial {
+                    child.stream = Some(theirs);
+                    child.start(&self.id, environment, None)?;
+                } else {
+                    child.start(&self.id, environment, Some(&theirs))?;
+                }
+                (Running::Child(Box::new(child)), ours)
+            }
             Service::Connected { path, stream } => {
-                return Ok((
-                    Backend {
-                        id: self.id,
-                        service: Running::Elsewhere(path),
-                    },
-                    stream,
-                ));
+                (Running::Elsewhere(External::new(path)), stream)
             }
         };
-        let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
-        let (channel, far) = anemone_ipc::pair().map_err(system("socketpair"))?;
-        channel
-            .set_nonblocking(true)
-            .map_err(system("socketpair"))?;
-        let far = far.into_fd();
-        let mut program = Program::new(&path);
-        control_options(&mut program, &far, environment);
-        program.option("--id", &self.id);
-        if matches!(part, Part::Serial(_)) {
-            program.fd_option("--stream-fd", theirs.as_fd());
-        } else {
-            program.fd_option("--fd", theirs.as_fd());
-        }
-        part.pass(&mut program);
-        let process = program.start()?;
-        let (sink, stream, dialer) = match part {
-            Part::Console(sink) => (Some(sink), false, None),
-            Part::Serial(sink) => (Some(sink), true, None),
-            Part::Vsock(dialer) => (None, false, Some(dialer)),
-            Part::Disk { .. } | Part::Rng(_) | Part::Pmem { .. } => (None, false, None),
+        let backend = Backend {
+            id: self.id,
+            service,
+            connection: 0,
+            lost_at: None,
+            pause: None,
         };
-        Ok((
-            Backend {
-                id: self.id,
-                service: Running::Child(Child {
-                    process,
-                    channel: Some(channel),
-                    ready: false,
-                    sink,
-                    stream,
-                    dialer,
-                }),
-            },
-            ours,
-        ))
+        Ok((backend, stream))
     }
 }
 
 impl Part {
+    /// How many descriptors its process may have kept for the next one.
+    fn kept_room(&self) -> usize {
+        match self {
+            Self::Disk { .. } | Self::Rng(_) | Self::Pmem { .. } => 4,
+            // Memory with its state, and the client of a socket.
+            Self::Console(_) | Self::Serial(_) => 8,
+            // A descriptor for each connection.
+            Self::Vsock(_) => 4096,
+        }
+    }
+
     fn pass<'a>(&'a self, program: &mut Program<'a>) {
         match self {
             Self::Disk {
@@ -206,11 +217,7 @@ impl Part {
     }
 }
 
-fn find(
-    programs: &Programs,
-    kind: &Kind,
-    binary: Option<&std::path::Path>,
-) -> Result<PathBuf, Error> {
+fn find(programs: &Programs, kind: &Kind, binary: Option<&Path>) -> Result<PathBuf, Error> {
     // Another program can serve a device whose own back end is not in the build.
     let program = match binary {
         Some(_) => "",
@@ -247,47 +254,120 @@ pub fn prepare(vm: &Vm, pmem: &PmemFiles, programs: &Programs) -> Result<Vec<Pre
     devices.chain(serial).collect()
 }
 
-/// A back end at work.
+/// A back end at work, or on its way back to it.
 #[derive(Debug)]
 pub struct Backend {
     /// Name of the device.
     pub id: String,
-    service: Running,
+    /// Who serves.
+    pub service: Running,
+    /// Number of the VMM's connection to it.
+    pub connection: u32,
+    /// Since when the guest has waited for it.
+    pub lost_at: Option<Instant>,
+    /// How long the guest has waited for it the last time.
+    pub pause: Option<Duration>,
 }
 
+/// Who serves a device.
 #[derive(Debug)]
-enum Running {
-    Child(Child),
-    Elsewhere(PathBuf),
+pub enum Running {
+    /// A process of this program.
+    Child(Box<Child>),
+    /// A program that somebody else has started.
+    Elsewhere(External),
 }
 
-/// A device process.
+/// A device process, and what it takes to start it again.
 #[derive(Debug)]
 pub struct Child {
-    /// The process.
-    pub process: Process,
+    path: PathBuf,
+    part: Part,
+    /// The process; none while it is to be started again.
+    pub process: Option<Process>,
     /// The channel to it, non-blocking; closing it ends the process.
     pub channel: Option<Channel>,
     /// It has said that it serves.
     pub ready: bool,
-    sink: Option<OpenSink>,
-    stream: bool,
-    /// For sockets of the guest.
-    dialer: Option<Dialer>,
+    /// Its end of the byte stream of the 16550, which one process after the other serves.
+    stream: Option<UnixStream>,
+    /// A connection for the next process, whose other end a VMM that is starting has already.
+    pub next: Option<UnixStream>,
+    /// What the next process is to get of this one.
+    pub kept: Kept,
+    /// How often it was started again.
+    pub restarts: Restarts,
+    /// When it is to be started again.
+    pub due: Option<Instant>,
 }
 
 impl Child {
     /// Connects its guest to a socket of the host; false if it has no sockets.
     pub fn dial(&mut self, id: u64, port: u32) -> bool {
-        if let (Some(dialer), Some(channel)) = (&mut self.dialer, &self.channel) {
-            dialer.answer(channel, id, port);
+        match (&mut self.part, &self.channel) {
+            (Part::Vsock(dialer), Some(channel)) => {
+                dialer.answer(channel, id, port);
+                true
+            }
+            (Part::Vsock(_), None) => true,
+            _ => false,
         }
-        self.dialer.is_some()
+    }
+
+    /// Starts the process. The first one gets its connection right away.
+    pub fn start(
+        &mut self,
+        id: &str,
+        environment: Environment<'_>,
+        connection: Option<&UnixStream>,
+    ) -> Result<(), Error> {
+        let (channel, far) = anemone_ipc::pair().map_err(system("socketpair"))?;
+        channel
+            .set_nonblocking(true)
+            .map_err(system("socketpair"))?;
+        let far = far.into_fd();
+        let mut program = Program::new(&self.path);
+        control_options(&mut program, &far, environment);
+        program.option("--id", id);
+        if let Some(stream) = &self.stream {
+            program.fd_option("--stream-fd", stream.as_fd());
+        } else if let Some(connection) = connection {
+            program.fd_option("--fd", connection.as_fd());
+        }
+        self.part.pass(&mut program);
+        self.due = None;
+        self.ready = false;
+        self.process = Some(program.start()?);
+        let given = self.kept.give(&channel);
+        self.channel = Some(channel);
+        unless_closed(given)
+    }
+
+    /// Ends the process if it does not end by itself right now. Returns "NAME, pid N" and how it
+    /// ended, unless this is what has ended it.
+    pub fn stop(&mut self) -> (String, Option<Exit>) {
+        self.ready = false;
+        let Some(mut process) = self.process.take() else {
+            return (String::new(), None);
+        };
+        let exit = process.wait(ENDING);
+        process.kill();
+        // Only now: a process whose channel closes ends as if all were well.
+        self.channel = None;
+        (process.name(), exit)
+    }
+
+    /// Whether it serves the byte stream of the 16550, over which no vhost-user is spoken.
+    pub fn is_stream(&self) -> bool {
+        self.stream.is_some()
     }
 
     /// Whether it owns standard input and output.
     pub fn on_stdio(&self) -> bool {
-        self.sink.as_ref().is_some_and(OpenSink::is_stdio)
+        match &self.part {
+            Part::Console(sink) | Part::Serial(sink) => sink.is_stdio(),
+            _ => false,
+        }
     }
 
     /// Sends a message; a child that is too slow to take it misses it.
@@ -297,10 +377,81 @@ impl Child {
             None => Ok(()),
         }
     }
+
+    /// Has it serve a connection, now or as soon as it runs.
+    pub fn connect(&mut self, connection: UnixStream) -> Result<(), Error> {
+        if self.process.is_none() {
+            self.next = Some(connection);
+            return Ok(());
+        }
+        let Some(channel) = &self.channel else {
+            return Ok(());
+        };
+        let socket = FdIndex(0);
+        unless_closed(channel.send(&ToDevice::Connect { socket }, &[connection.as_fd()]))
+    }
+}
+
+/// A process that has closed its channel is on its way out, which is seen next.
+fn unless_closed(outcome: Result<(), anemone_ipc::Error>) -> Result<(), Error> {
+    match outcome {
+        Ok(()) | Err(anemone_ipc::Error::Closed) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A program that somebody else has started.
+#[derive(Debug)]
+pub struct External {
+    path: PathBuf,
+    /// When to try to connect to it.
+    pub due: Option<Instant>,
+    pause: Duration,
+}
+
+impl External {
+    /// The pause after the first attempt that fails; it doubles from one to the next.
+    const FIRST_PAUSE: Duration = Duration::from_millis(50);
+    const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+    fn new(path: PathBuf) -> Self {
+        Self {
+            path,
+            due: None,
+            pause: Self::FIRST_PAUSE,
+        }
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// It serves the guest: the next loss is a new one.
+    pub fn serves(&mut self) {
+        self.pause = Self::FIRST_PAUSE;
+    }
+
+    /// Tries again after a pause.
+    pub fn later(&mut self, now: Instant) {
+        self.due = Some(now + self.pause);
+        self.pause = (self.pause * 2).min(Self::LONGEST_PAUSE);
+    }
+
+    /// Tries to connect, without waiting. There is no limit of time: it is not this program that
+    /// starts it again.
+    pub fn connect(&mut self, now: Instant) -> io::Result<UnixStream> {
+        let outcome = sys::connect_now(&self.path);
+        match outcome {
+            Ok(_) => self.due = None,
+            Err(_) => self.later(now),
+        }
+        outcome
+    }
 }
 
 impl Backend {
-    /// The process, where this program has started it.
+    /// The process, where this program starts it.
     pub fn child(&self) -> Option<&Child> {
         match &self.service {
             Running::Child(child) => Some(child),
@@ -308,7 +459,7 @@ impl Backend {
         }
     }
 
-    /// The process, where this program has started it.
+    /// The process, where this program starts it.
     pub fn child_mut(&mut self) -> Option<&mut Child> {
         match &mut self.service {
             Running::Child(child) => Some(child),
@@ -316,18 +467,28 @@ impl Backend {
         }
     }
 
-    /// A new connection for a new VMM, in place of `old`.
-    pub fn reconnect(&self, old: UnixStream) -> Result<UnixStream, Error> {
+    /// When something is to be done for it.
+    pub fn due(&self) -> Option<Instant> {
         match &self.service {
-            // A byte stream has no state: the next VMM goes on with the same one.
-            Running::Child(child) if child.stream => Ok(old),
-            Running::Child(child) => {
-                let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
-                let socket = FdIndex(0);
-                child.tell(&ToDevice::Connect { socket }, &[theirs.as_fd()])?;
-                Ok(ours)
-            }
-            Running::Elsewhere(path) => Ok(files::connect(&self.id, path)?),
+            Running::Child(child) => child.due,
+            Running::Elsewhere(external) => external.due,
         }
+    }
+
+    /// The guest has to wait for it.
+    pub fn lost(&mut self, now: Instant) {
+        self.lost_at.get_or_insert(now);
+    }
+
+    /// It serves the guest again; returns how long the guest has waited.
+    pub fn back(&mut self, now: Instant) -> Duration {
+        match &mut self.service {
+            Running::Child(child) => child.restarts.serves(now),
+            Running::Elsewhere(external) => external.serves(),
+        }
+        let since = self.lost_at.take();
+        let pause = since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        self.pause = Some(pause);
+        pause
     }
 }

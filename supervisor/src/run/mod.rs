@@ -4,11 +4,19 @@
 //!            all ready: Start              Shutdown, quit, failure
 //!  Starting ───────────────▶ Running ───────────────────────────────▶ closed
 //!     ▲                         │ Reset, panic (as configured)
-//!     └── a new VMM process ────┘ the device processes stay
+//!     └── a new VMM process ◀───┘ the device processes stay
+//!             ▲       │ an external back end is not there
+//!             └─ Disconnected
 //! ```
+//!
+//! Once the guest has run, a back end that is lost ends nothing: [`recovery`] starts it again or
+//! connects to it again, in every phase.
 
 mod backend;
 mod dial;
+mod kept;
+mod recovery;
+mod restart;
 
 use std::io::stdin;
 use std::os::fd::AsFd;
@@ -18,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use anemone_config::{OnPanic, OnReboot, Vm};
 use anemone_ipc::device::{FromDevice, ToDevice};
-use anemone_ipc::vmm::{Event, FromVmm, ToVmm};
+use anemone_ipc::vmm::{DeviceUse, Event, FromVmm, ToVmm};
 use log::LevelFilter;
 
 use crate::accel::{self, Environment, Opened};
@@ -30,9 +38,10 @@ use crate::registry;
 use crate::spawn::Process;
 use crate::sys::{self, Exit, Signals};
 use crate::terminal::RawMode;
-use crate::vmm::{Vmm, ending};
+use crate::vmm::Vmm;
 use crate::wiring::{BootFiles, PmemFiles, Wiring};
 use backend::{Backend, Prepared};
+use recovery::Why;
 
 /// Time the processes may take until all are ready. Unpacking a kernel in a VM within a VM is slow.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -108,6 +117,10 @@ struct Session<'a> {
     /// The VMM's ends of the back ends' connections, in their order.
     connections: Vec<UnixStream>,
     phase: Phase,
+    /// The guest has run: from now on back ends may come and go.
+    has_run: bool,
+    /// What the last VMM has said about devices that no driver has used.
+    untouched: Vec<DeviceUse>,
     dump_to: Option<(&'a Path, std::os::fd::OwnedFd)>,
     raw_mode: Option<RawMode>,
     /// Whether this process still has what only its start needed.
@@ -118,6 +131,8 @@ struct Session<'a> {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Phase {
+    /// The guest has reset, there is no VMM, and an external back end is not there.
+    Disconnected,
     Starting {
         deadline: Instant,
         vmm_ready: bool,
@@ -174,8 +189,9 @@ impl<'a> Session<'a> {
         let vmm = host.start_vmm()?;
         let mut backends = Vec::with_capacity(prepared.len());
         let mut connections = Vec::with_capacity(prepared.len());
+        let limit = host.vm.config.restart.limit;
         for part in prepared {
-            let (backend, connection) = part.start(host.environment)?;
+            let (backend, connection) = part.start(host.environment, limit)?;
             backends.push(backend);
             connections.push(connection);
         }
@@ -192,6 +208,8 @@ impl<'a> Session<'a> {
             backends,
             connections,
             phase: Phase::starting(),
+            has_run: false,
+            untouched: Vec::new(),
             dump_to,
             raw_mode: None,
             untrimmed: true,
@@ -233,12 +251,13 @@ impl<'a> Session<'a> {
             let mut signals = [sys::readable(self.host.signals.as_fd())];
             sys::poll(&mut signals, Some(RESET_DELAY)).map_err(system("poll"))?;
         }
+        self.reconnect_all()
+    }
+
+    /// Starts the VMM of a guest that has run before, once all connections are there.
+    fn begin_again(&mut self) -> Result<(), Error> {
         self.host.boot.rewind()?;
         self.vmm = self.host.start_vmm()?;
-        for (backend, connection) in self.backends.iter().zip(&mut self.connections) {
-            let old = connection.try_clone().map_err(system("dup"))?;
-            *connection = backend.reconnect(old)?;
-        }
         self.phase = Phase::starting();
         self.configure()
     }
@@ -258,7 +277,7 @@ impl<'a> Session<'a> {
         let now = Instant::now();
         let left = match &self.phase {
             Phase::Running if self.untrimmed => Some(QUIET),
-            Phase::Running => None,
+            Phase::Running | Phase::Disconnected => None,
             Phase::Starting { deadline, .. } | Phase::Stopping { deadline } => {
                 let left = deadline.saturating_duration_since(now);
                 if left.is_zero() {
@@ -267,8 +286,10 @@ impl<'a> Session<'a> {
                 Some(left)
             }
         };
-        let ready = self.wait(left)?;
-        if ready.is_empty() && self.phase == Phase::Running && self.untrimmed {
+        let due = self.backends.iter().filter_map(Backend::due).min();
+        let due = due.map(|due| due.saturating_duration_since(now));
+        let ready = self.wait(left.into_iter().chain(due).min())?;
+        if ready.is_empty() && due.is_none() && self.phase == Phase::Running && self.untrimmed {
             self.untrimmed = false;
             anemone_process::release_memory();
         }
@@ -277,21 +298,35 @@ impl<'a> Session<'a> {
                 Source::Vmm => self.hear_vmm()?,
                 Source::Backend(index) => self.hear_backend(index)?,
                 Source::VmmExit => return Err(self.vmm.failure()),
-                Source::BackendExit(index) => return Err(self.backend_failure(index, None)),
+                // Its last message, or the end of its channel, may have been enough.
+                Source::BackendExit(index)
+                    if self.backends[index]
+                        .child()
+                        .is_some_and(|c| c.process.is_none()) =>
+                {
+                    Turn::Continue
+                }
+                Source::BackendExit(index) => self.backend_down(index, Why::Ended)?,
                 Source::Signals => self.take_signals()?,
             };
             if !matches!(turn, Turn::Continue) {
                 return Ok(turn);
             }
         }
+        self.bring_back()?;
         self.begin_if_ready()?;
         Ok(Turn::Continue)
     }
 
     /// What is ready. Messages come before the ends of their senders.
     fn wait(&self, limit: Option<Duration>) -> Result<Vec<Source>, Error> {
-        let mut sources = vec![Source::Vmm];
-        let mut fds = vec![sys::readable(self.vmm.channel.as_fd())];
+        let mut sources = Vec::new();
+        let mut fds = Vec::new();
+        let has_vmm = self.phase != Phase::Disconnected;
+        if has_vmm {
+            sources.push(Source::Vmm);
+            fds.push(sys::readable(self.vmm.channel.as_fd()));
+        }
         let children = || {
             self.backends
                 .iter()
@@ -304,11 +339,15 @@ impl<'a> Session<'a> {
                 fds.push(sys::readable(channel.as_fd()));
             }
         }
-        sources.push(Source::VmmExit);
-        fds.push(sys::readable(self.vmm.process.as_fd()));
+        if has_vmm {
+            sources.push(Source::VmmExit);
+            fds.push(sys::readable(self.vmm.process.as_fd()));
+        }
         for (index, child) in children() {
-            sources.push(Source::BackendExit(index));
-            fds.push(sys::readable(child.process.as_fd()));
+            if let Some(process) = &child.process {
+                sources.push(Source::BackendExit(index));
+                fds.push(sys::readable(process.as_fd()));
+            }
         }
         sources.push(Source::Signals);
         fds.push(sys::readable(self.host.signals.as_fd()));
@@ -336,8 +375,15 @@ impl<'a> Session<'a> {
                     }
                     _ => return Err(self.vmm_nonsense("it was ready already")),
                 },
-                FromVmm::Refused { message } => return Err(Error::Refused(printable(&message))),
+                FromVmm::Refused { message } => match self.refused_for_a_lost_back_end()? {
+                    Turn::Continue => return Err(Error::Refused(printable(&message))),
+                    turn => turn,
+                },
                 FromVmm::Event(event) => self.guest_event(event)?,
+                FromVmm::Devices(used) => {
+                    self.untouched = used;
+                    Turn::Continue
+                }
             };
             if !matches!(turn, Turn::Continue) {
                 return Ok(turn);
@@ -380,15 +426,28 @@ impl<'a> Session<'a> {
                     Ok(Turn::Continue)
                 }
             },
-            Event::DeviceFailed { id, reason } => {
-                let reason = printable(&reason);
-                match self.backends.iter().position(|backend| backend.id == id) {
-                    Some(index) => Err(self.backend_failure(index, Some(&reason))),
-                    None => Err(Error::Failed(format!(
-                        "device `{}`: {reason}",
-                        printable(&id)
-                    ))),
-                }
+            Event::BackendLost {
+                id,
+                connection,
+                reason,
+            } => {
+                let index = self.device(&id)?;
+                self.back_end_lost(index, connection, &printable(&reason))
+            }
+            Event::BackendBack { id, connection } => {
+                let index = self.device(&id)?;
+                self.back_end_back(index, connection);
+                Ok(Turn::Continue)
+            }
+            Event::BackendUnfit { id, reason } => {
+                let index = self.device(&id)?;
+                anemone_log::warn_limited!(
+                    "device `{}`: the back end that serves now cannot go on where the one before \
+                     was lost ({}); the guest's driver is told to reset the device",
+                    self.backends[index].id,
+                    printable(&reason)
+                );
+                Ok(Turn::Continue)
             }
             Event::Failed { message } => Err(Error::Failed(format!(
                 "{}: {}",
@@ -396,6 +455,12 @@ impl<'a> Session<'a> {
                 printable(&message)
             ))),
         }
+    }
+
+    /// The back end of that name.
+    fn device(&self, id: &str) -> Result<usize, Error> {
+        let position = self.backends.iter().position(|backend| backend.id == id);
+        position.ok_or_else(|| self.vmm_nonsense(&format!("there is no device `{id}`")))
     }
 
     fn hear_backend(&mut self, index: usize) -> Result<Turn, Error> {
@@ -406,37 +471,40 @@ impl<'a> Session<'a> {
             else {
                 break;
             };
-            let message = match channel.recv::<FromDevice>() {
-                Ok(received) => received.message,
+            let mut received = match channel.recv::<FromDevice>() {
+                Ok(received) => received,
                 Err(error) if error.is_would_block() => break,
-                Err(anemone_ipc::Error::Closed) => {
-                    return Err(self.backend_failure(index, None));
-                }
+                Err(anemone_ipc::Error::Closed) => return self.backend_down(index, Why::Ended),
                 Err(error) => {
                     let reason = format!("it broke the protocol: {error}");
-                    return Err(self.backend_failure(index, Some(&printable(&reason))));
+                    return self.backend_down(index, Why::Said(&printable(&reason)));
                 }
             };
+            let id = self.backends[index].id.clone();
             let Some(child) = self.backends[index].child_mut() else {
                 break;
             };
-            match message {
+            match &received.message {
                 FromDevice::Ready => child.ready = true,
                 FromDevice::Failed { message } => {
-                    let text = format!("{}: {}", child.process.name(), printable(&message));
-                    return Err(self.named(index, &text));
+                    return self.backend_down(index, Why::Said(&printable(message)));
                 }
-                // Nothing is started in the place of a process that has ended.
-                FromDevice::Keep { .. } | FromDevice::Forget { .. } => {}
-                FromDevice::Dial { id, port } => {
+                &FromDevice::Keep { key, fd } => match received.take(fd) {
+                    Ok(fd) => child.kept.keep(&id, key, fd),
+                    Err(_) => {
+                        return self.backend_down(index, Why::Said("it broke the protocol"));
+                    }
+                },
+                &FromDevice::Forget { key } => child.kept.forget(key),
+                &FromDevice::Dial { id, port } => {
                     if !child.dial(id, port) {
                         let reason = "it has no business with sockets";
-                        return Err(self.backend_failure(index, Some(reason)));
+                        return self.backend_down(index, Why::Said(reason));
                     }
                 }
                 // Only the console on this terminal has a user who can ask for something.
                 _ if !child.on_stdio() => {
-                    return Err(self.backend_failure(index, Some("it broke the protocol")));
+                    return self.backend_down(index, Why::Said("it broke the protocol"));
                 }
                 FromDevice::QuitRequested => return Ok(Turn::End(End::Quit)),
                 FromDevice::PowerRequested => self.press_power_button(),
@@ -445,29 +513,12 @@ impl<'a> Session<'a> {
         Ok(Turn::Continue)
     }
 
-    /// The error for a back end that has ended or is of no use. How its process ended says more
-    /// than what the VMM saw of it.
-    fn backend_failure(&mut self, index: usize, reason: Option<&str>) -> Error {
-        let text = match (self.backends[index].child_mut(), reason) {
-            (Some(child), None) => ending(&mut child.process),
-            (Some(child), Some(reason)) => match child.process.wait(Duration::from_millis(500)) {
-                Some(exit) => format!("{}, {exit}", child.process.name()),
-                None => format!("{}: {reason}", child.process.name()),
-            },
-            (None, reason) => reason.unwrap_or("its back end is gone").to_owned(),
-        };
-        self.named(index, &text)
-    }
-
-    fn named(&self, index: usize, text: &str) -> Error {
-        Error::Failed(format!("device `{}`: {text}", self.backends[index].id))
-    }
-
     fn out_of_time(&self) -> Error {
         if let Phase::Starting { vmm_ready, .. } = self.phase {
             let vmm = (!vmm_ready).then_some(&self.vmm.process);
             let children = self.backends.iter().filter_map(Backend::child);
-            let late = children.filter(|child| !child.ready).map(|c| &c.process);
+            let late = children.filter(|child| !child.ready);
+            let late = late.filter_map(|child| child.process.as_ref());
             let names: Vec<_> = vmm.into_iter().chain(late).map(Process::name).collect();
             return Error::Failed(format!(
                 "not ready within {} seconds: {}",
@@ -498,6 +549,7 @@ impl<'a> Session<'a> {
         }
         self.vmm.channel.send(&ToVmm::Start, &[])?;
         self.phase = Phase::Running;
+        self.has_run = true;
         let mut children = self.backends.iter().filter_map(Backend::child);
         if self.raw_mode.is_none() && children.any(|child| child.on_stdio()) {
             self.raw_mode = RawMode::enter().map_err(system("terminal"))?;
@@ -540,7 +592,7 @@ impl<'a> Session<'a> {
                         deadline: Instant::now() + STOP_LIMIT,
                     };
                 }
-                Phase::Starting { .. } => {
+                Phase::Starting { .. } | Phase::Disconnected => {
                     return Err(Error::Failed(format!(
                         "ended by {name} before the guest ran"
                     )));
@@ -561,9 +613,20 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Says why the guest has never used a device, where it has not.
+    fn tell_untouched(&self) {
+        for device in &self.untouched {
+            if let Some(why) = &device.untouched {
+                let (id, why) = (printable(&device.id), printable(why));
+                log::warn!("device `{id}`: the guest never used it: {why}");
+            }
+        }
+    }
+
     /// Ends all processes: the VMM at once unless it is about to end, the devices after they have
     /// finished what they have begun.
     fn close(mut self, result: &Result<End, Error>) {
+        self.tell_untouched();
         if matches!(result, Ok(End::Shutdown)) {
             self.vmm.process.wait(VMM_END_LIMIT);
         }
@@ -577,16 +640,16 @@ impl<'a> Session<'a> {
         }
         for backend in &mut self.backends {
             let id = backend.id.clone();
-            let Some(child) = backend.child_mut() else {
+            let Some(process) = backend.child_mut().and_then(|child| child.process.as_mut()) else {
                 continue;
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            match child.process.wait(left) {
+            match process.wait(left) {
                 Some(Exit::Status(0)) => {}
                 // What went wrong has a message already.
                 Some(_) if result.is_err() => {}
-                Some(exit) => log::warn!("device `{id}`: {}, {exit}", child.process.name()),
-                None => log::warn!("device `{id}`: {} does not end", child.process.name()),
+                Some(exit) => log::warn!("device `{id}`: {}, {exit}", process.name()),
+                None => log::warn!("device `{id}`: {} does not end", process.name()),
             }
         }
     }

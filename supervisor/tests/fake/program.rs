@@ -3,21 +3,21 @@
 //!
 //! - `vmm.script`: one line per start of the VMM, the last one for all further starts; its words
 //!   are the steps of [`vmm`].
-//! - `ID.script`: the steps of the device `ID`, see [`device`].
+//! - `ID.script`: the steps of the device `ID`, see [`device`]; one line per start, as above.
 //! - `self-test-ACCELERATOR.script`: why the accelerator cannot be used, if it cannot.
 //! - `NAME.log`: what the process called NAME was given.
 
 use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::exit;
 use std::time::Duration;
 
 use anemone_ipc::device::{FromDevice, ToDevice};
-use anemone_ipc::vmm::{Accel, Event, FromVmm, Summary, ToVmm};
-use anemone_ipc::{CONTROL_FD, Channel};
+use anemone_ipc::vmm::{Accel, DeviceUse, Event, FromVmm, Summary, ToVmm};
+use anemone_ipc::{CONTROL_FD, Channel, FdIndex};
 
 fn main() {
     let program = env::current_exe().expect("/proc");
@@ -76,8 +76,9 @@ fn descriptors() -> String {
 }
 
 /// Steps: `refuse:TEXT`, `ready`, `start` (wait for it), `power` (wait for the button),
-/// `shutdown`, `reset`, `panic`, `device-failed:ID`, `failed:TEXT`, `nonsense`, `kill:SIGNAL`,
-/// `exit:STATUS`, `hang`. After the last step it exits with 0.
+/// `shutdown`, `reset`, `panic`, `lost:ID` (its last connection), `reconnect` (wait for it, and
+/// report it as done), `untouched:ID`, `failed:TEXT`, `nonsense`, `kill:SIGNAL`, `exit:STATUS`,
+/// `hang`. After the last step it exits with 0.
 fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
     let start = fs::read_to_string(folder.join("vmm.log"))
         .unwrap_or_default()
@@ -148,6 +149,8 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
     );
     let send = |message: &FromVmm| channel.send(message, &[]).expect("send");
     let event = |event: Event| send(&FromVmm::Event(event));
+    // Of the one device that these scripts lose.
+    let mut connection = 0;
     for step in line.split_whitespace() {
         let (word, value) = step.split_once(':').unwrap_or((step, ""));
         match word {
@@ -175,10 +178,34 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
                 cause: "reset register".to_owned(),
             }),
             "panic" => event(Event::Panic),
-            "device-failed" => event(Event::DeviceFailed {
+            "lost" => event(Event::BackendLost {
                 id: value.to_owned(),
+                connection,
                 reason: "no \x1b[31manswer".to_owned(),
             }),
+            "reconnect" => {
+                let mut received = channel.recv::<ToVmm>().expect("message");
+                let ToVmm::Reconnect { id, .. } = &received.message else {
+                    panic!("expected a connection");
+                };
+                let id = id.clone();
+                if let &ToVmm::Reconnect {
+                    connection: number,
+                    socket,
+                    ..
+                } = &received.message
+                {
+                    assert!(number > connection);
+                    connection = number;
+                    sockets.push(Some(received.take(socket).expect("socket")));
+                }
+                note(folder, "vmm", &format!("reconnect {id} {connection}"));
+                event(Event::BackendBack { id, connection });
+            }
+            "untouched" => send(&FromVmm::Devices(vec![DeviceUse {
+                id: value.to_owned(),
+                untouched: Some("no driver".to_owned()),
+            }])),
             "failed" => event(Event::Failed {
                 message: value.to_owned(),
             }),
@@ -188,8 +215,8 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
     }
 }
 
-/// Steps: `ready`, `fail:TEXT`, `quit`, `power`, and those of [`vmm`] that end the process. After
-/// the last step it obeys its channel until that closes.
+/// Steps: `ready`, `fail:TEXT`, `quit`, `power`, `keep:KEY`, `forget:KEY`, and those of [`vmm`] that
+/// end the process. After the last step it obeys its channel until that closes.
 fn device(folder: &Path, channel: &Channel, args: &[String]) {
     let id = after(args, "--id").expect("--id");
     note(
@@ -203,9 +230,14 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
         file.write_all(b"console output\n").expect("file");
         note(folder, &id, &format!("file {}", file.as_raw_fd() > 3));
     }
+    let starts = fs::read_to_string(folder.join(format!("{id}.log"))).expect("log");
+    let start = starts.matches("--control-fd").count() - 1;
     let script = fs::read_to_string(folder.join(format!("{id}.script")));
+    let script = script.unwrap_or("ready".to_owned());
+    let lines: Vec<_> = script.lines().collect();
+    let line = lines.get(start).or(lines.last()).expect("a line");
     let send = |message: &FromDevice| channel.send(message, &[]).expect("send");
-    for step in script.as_deref().unwrap_or("ready").split_whitespace() {
+    for step in line.split_whitespace() {
         let (word, value) = step.split_once(':').unwrap_or((step, ""));
         match word {
             "ready" => send(&FromDevice::Ready),
@@ -214,18 +246,34 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
             }),
             "quit" => send(&FromDevice::QuitRequested),
             "power" => send(&FromDevice::PowerRequested),
+            "keep" => {
+                let key = value.parse().expect("a number");
+                let file = File::open(folder.join("kernel")).expect("kernel");
+                let fd = FdIndex(0);
+                let keep = FromDevice::Keep { key, fd };
+                channel.send(&keep, &[file.as_fd()]).expect("send");
+            }
+            "forget" => send(&FromDevice::Forget {
+                key: value.parse().expect("a number"),
+            }),
             other => common_step(other, value),
         }
     }
     let mut connections = Vec::new();
     loop {
         match channel.recv::<ToDevice>() {
-            Ok(mut received) => match received.message {
-                ToDevice::Connect { socket } => {
+            Ok(mut received) => match &received.message {
+                ToDevice::Kept { keys } => {
+                    let keys = keys.clone();
+                    for fd in 0..keys.len() {
+                        received.take(FdIndex(fd as u16)).expect("a descriptor");
+                    }
+                    note(folder, &id, &format!("kept {keys:?}"));
+                }
+                &ToDevice::Connect { socket } => {
                     connections.push(received.take(socket).expect("socket"));
                     note(folder, &id, "connect");
                 }
-                ToDevice::Kept { keys } => note(folder, &id, &format!("kept {keys:?}")),
                 ToDevice::Dialed {
                     id: question,
                     socket,

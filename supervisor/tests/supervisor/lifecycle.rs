@@ -138,15 +138,20 @@ fn what_a_vmm_can_do_wrong() {
             &["anemone-vmm, pid ", "reason"],
         ),
         (
-            "ready start device-failed:rng hang",
+            "ready start lost:rng hang",
             1,
             &["device `rng`: anemone-rng, pid ", "no  [31manswer"],
         ),
-        ("ready start device-failed:moon hang", 1, &["device `moon`"]),
+        (
+            "ready start lost:moon hang",
+            1,
+            &["broke the protocol", "there is no device `moon`"],
+        ),
     ] {
         let lab = Lab::new();
         lab.write("vmm.script", script);
-        lab.run(&["--rng"]).expect(status, parts);
+        lab.run(&["--rng", "--restart", "never"])
+            .expect(status, parts);
     }
 }
 
@@ -168,16 +173,18 @@ fn what_a_device_can_do_wrong() {
         let lab = Lab::new();
         lab.write("vmm.script", "ready start hang");
         lab.write("rng.script", script);
-        lab.run(&["--rng"]).expect(1, parts);
+        lab.run(&["--rng", "--restart", "always,never=rng"])
+            .expect(1, parts);
     }
 }
 
 #[test]
 fn how_a_device_ended_says_more_than_what_the_vmm_saw() {
     let lab = Lab::new();
-    lab.write("vmm.script", "ready start device-failed:rng hang");
+    lab.write("vmm.script", "ready start lost:rng hang");
     lab.write("rng.script", "ready sleep:50 kill:11");
-    lab.run(&["--rng"]).expect(1, &["killed by SIGSEGV"]);
+    lab.run(&["--rng", "--restart", "never"])
+        .expect(1, &["killed by SIGSEGV"]);
 }
 
 #[test]

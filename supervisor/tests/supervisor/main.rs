@@ -5,4 +5,5 @@
 mod bad_input;
 mod common;
 mod lifecycle;
+mod recovery;
 mod terminal;

@@ -226,6 +226,23 @@ impl Vm {
             .ok_or_else(|| format!("no process runs {program}"))
     }
 
+    /// Kills the process that runs `program`, and waits until another one has taken its place in
+    /// the guest's sight, or the VM has ended.
+    pub fn kill(&mut self, program: &str) -> Result<()> {
+        let old = self.process(program)?;
+        sys::kill(old.pid as i32, libc::SIGKILL).map_err(|e| format!("{program}: {e}"))?;
+        let end = Instant::now() + self.patience;
+        while Instant::now() < end {
+            let ended = self.child.try_wait().map_err(|e| e.to_string())?.is_some();
+            let replaced = self.process(program).is_ok_and(|new| new.pid != old.pid);
+            if ended || replaced {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Err(format!("nothing has replaced {program}"))
+    }
+
     /// Waits for the end, which must have this exit code.
     pub fn expect_exit(&mut self, code: i32) -> Result<()> {
         let end = Instant::now() + self.patience;

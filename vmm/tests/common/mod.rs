@@ -179,10 +179,14 @@ impl Vmm {
         u64::from_str_radix(answer.trim_start_matches("0x"), 16).unwrap()
     }
 
+    /// The next event. What is told about devices at the end is not one.
     pub fn event(&self) -> Event {
-        match self.channel.recv().unwrap().message {
-            FromVmm::Event(event) => event,
-            other => panic!("{other:?}"),
+        loop {
+            match self.channel.recv().unwrap().message {
+                FromVmm::Event(event) => return event,
+                FromVmm::Devices(_) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 }

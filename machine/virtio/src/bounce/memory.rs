@@ -10,7 +10,7 @@ use vm_memory::{
 };
 
 use super::{Broken, Error};
-use crate::front_end::GuestRam;
+use crate::ram::GuestRam;
 
 /// Granularity of what is mapped and given back.
 pub(super) const PAGE: u64 = 4096;
@@ -136,10 +136,11 @@ impl Region {
             source: std::io::Error::other(e),
         })?;
         Ok(Self {
-            memory: Memory::new(memory),
+            memory: Memory::new(memory.clone()),
             size,
             table: GuestRam {
                 regions: vec![(BASE, size, fd, 0)],
+                mapped: memory,
             },
         })
     }

@@ -11,12 +11,16 @@ const QUEUE_SIZE: u16 = 256;
 
 /// Device status bits (virtio 1.2, 2.1).
 pub(super) mod status {
+    /// The driver knows how to drive the device.
+    pub const DRIVER: u8 = 2;
     /// The driver can drive the device.
     pub const DRIVER_OK: u8 = 4;
     /// The driver has accepted features that it understands.
     pub const FEATURES_OK: u8 = 8;
     /// The device has met an error from which only a reset helps.
     pub const NEEDS_RESET: u8 = 64;
+    /// The driver has given up on the device.
+    pub const FAILED: u8 = 128;
 }
 
 /// One virtqueue as the driver is setting it up.
@@ -55,6 +59,8 @@ pub(super) enum Field {
 pub(super) struct Common {
     offered: u64,
     vectors: u16,
+    /// What is offered, and how many queues there are, after the next reset.
+    next: (u64, u16),
     pub accepted: u64,
     device_select: u32,
     driver_select: u32,
@@ -79,6 +85,7 @@ impl Common {
         Self {
             offered,
             vectors,
+            next: (offered, queues),
             accepted: 0,
             device_select: 0,
             driver_select: 0,
@@ -92,11 +99,37 @@ impl Common {
 
     /// Back to the state after power-on, except that the configuration generation goes on.
     pub(super) fn reset(&mut self) {
-        let fresh = Self::new(self.offered, self.queues.len() as u16, self.vectors);
+        let (offered, queues) = self.next;
+        let fresh = Self::new(offered, queues, self.vectors);
         *self = Self {
             generation: self.generation,
             ..fresh
         };
+    }
+
+    /// Takes what another back end offers. A driver that has negotiated keeps what it has
+    /// accepted until it resets the device; what is no longer there for it is the error.
+    pub(super) fn replace(&mut self, offered: u64, queues: u16) -> Result<(), String> {
+        self.next = (offered, queues);
+        if self.status & status::FEATURES_OK == 0 {
+            self.offered = offered;
+            if self.queues.iter().all(|q| !q.enabled) {
+                self.queues.resize(queues.into(), Queue::RESET);
+            }
+            return Ok(());
+        }
+        let lacks = self.accepted & !offered;
+        if lacks != 0 {
+            return Err(format!(
+                "it does not offer the virtio features {lacks:#x}, which the driver uses"
+            ));
+        }
+        match self.queues.iter().rposition(|q| q.enabled) {
+            Some(last) if last >= usize::from(queues) => Err(format!(
+                "it has {queues} queues; the driver uses queue {last}"
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The structure as the driver reads it. A queue that does not exist reads as size 0.

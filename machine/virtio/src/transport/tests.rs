@@ -5,6 +5,8 @@ use std::os::fd::BorrowedFd;
 
 use anemone_accel_api::{Error, MemorySlot, MsiMessage, Result, Route, Vcpu};
 
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
 use super::*;
 use crate::GuestRam;
 
@@ -102,6 +104,7 @@ impl Driver {
             .unwrap();
         let ram = GuestRam {
             regions: vec![(0, 0x10_0000, memory, 0)],
+            mapped: GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap(),
         };
         let layout = Layout {
             id: "test".to_owned(),
