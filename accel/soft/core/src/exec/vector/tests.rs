@@ -2,7 +2,9 @@
 //! the same memory around a page border, on guest pages and on host pages with the same rights.
 
 use anemone_soft_native::{ARITHMETIC_RFLAGS, Form};
-use iced_x86::{Code, Decoder, DecoderOptions, Encoder, Instruction, Mnemonic, OpKind};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, Encoder, Instruction, Mnemonic, OpKind,
+};
 
 use crate::cpu::{Cpu, Exception, reg, seg, vector};
 use crate::exec::harness::generate::{self, Random};
@@ -315,7 +317,9 @@ fn compare_forms(pair: &mut Pair, cases: usize) -> usize {
                 0 => pair.random.below((2 * PAGE - size) as u64) as usize,
                 _ => PAGE - size + pair.random.below(size as u64 + 16) as usize,
             };
-            if !pair.random.one_in(4) {
+            // AMD's CPUs do not check the alignment of the operands of SHA instructions.
+            let checked = !made.cpuid_features().contains(&CpuidFeature::SHA);
+            if !checked || !pair.random.one_in(4) {
                 start -= start % alignment;
             }
             start = start.min(2 * PAGE - size);
@@ -369,18 +373,23 @@ fn compare_forms(pair: &mut Pair, cases: usize) -> usize {
 fn prepare(random: &mut Random, made: &Instruction, operand: &mut [u8], before: &mut Block) {
     use Mnemonic as M;
     let mostly = !random.one_in(4);
+    // The reserved bits of MXCSR. AMD's CPUs have one of them, MM (bit 17), and the guest has not.
+    let reserved = |bytes: &mut [u8]| match mostly {
+        true => bytes.fill(0),
+        false => bytes[0] &= !2,
+    };
     match made.mnemonic() {
-        M::Ldmxcsr | M::Vldmxcsr if mostly => operand[2..4].fill(0),
-        M::Fxrstor | M::Fxrstor64 if mostly => operand[26..28].fill(0),
+        M::Ldmxcsr | M::Vldmxcsr => reserved(&mut operand[2..4]),
+        M::Fxrstor | M::Fxrstor64 => reserved(&mut operand[26..28]),
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xrstor | M::Xrstor64 => {
             // The host has more components than the guest.
             before.gpr[reg::RAX] &= 7;
             before.gpr[reg::RDX] &= !0xFFFF_FFFF;
             operand[512] &= 7;
             operand[513..520].fill(0);
+            reserved(&mut operand[26..28]);
             if mostly {
                 operand[520..576].fill(0);
-                operand[26..28].fill(0);
             }
         }
         _ => {}
