@@ -16,6 +16,7 @@ use crate::accel::{Environment, Opened};
 use crate::acpi_dump;
 use crate::error::{Error, printable, system};
 use crate::files;
+use crate::net;
 use crate::programs::Programs;
 use crate::registry;
 use crate::sys;
@@ -105,6 +106,9 @@ fn check_devices(vm: &Vm) -> Result<(), Error> {
         }
         if let Kind::Vsock { socket, .. } = &device.kind {
             files::can_listen(device.id.as_str(), socket)?;
+        }
+        if let Kind::Net(card) = &device.kind {
+            net::check(device.id.as_str(), card, &Programs::new())?;
         }
     }
     if vm.serial.as_ref().is_some_and(|port| port.binary.is_none()) {

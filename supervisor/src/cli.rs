@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anemone_config::{
-    Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, OnPanic, OnReboot,
+    Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, Net, OnPanic, OnReboot,
     PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, Vsock, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
@@ -160,6 +160,11 @@ pub struct VmArgs {
         value_hint = ValueHint::FilePath
     )]
     disk: Vec<Disk>,
+    /// A network card; may be given several times: user (passt, which needs no privilege) or
+    /// tap=NAME. Keys: forward=tcp:[ADDRESS:]PORT-PORT+..., host-loopback, passt; mac, mac-filter,
+    /// mtu, queues, rx-rate, rx-burst, tx-rate, tx-burst (bytes per second, bytes), id, slot, binary.
+    #[arg(long, value_name = "user|tap=NAME[,KEY=VALUE...]", value_parser = list::<Net>)]
+    net: Vec<Net>,
     /// Where the virtio console goes: stdio (the default), pty, file=PATH, unix=PATH or none.
     /// Other keys: id, slot, binary, socket.
     #[arg(long, value_name = "SINK[,KEY=VALUE...]", value_parser = list::<Console>)]
@@ -275,6 +280,7 @@ impl VmArgs {
         replace(&mut config.cpus, self.cpus);
         replace(&mut config.memory, self.memory);
         config.disk.extend(self.disk);
+        config.net.extend(self.net);
         replace_optional(&mut config.console, self.console);
         replace_optional(&mut config.serial, self.serial);
         replace_optional(&mut config.rng, self.rng);

@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error as ThisError;
 
-use crate::{accel, acpi_dump, files, programs, registry, spawn};
+use crate::{accel, acpi_dump, files, programs, registry, spawn, tap};
 
 /// Why a command did not succeed.
 #[derive(Debug, ThisError)]
@@ -21,6 +21,9 @@ pub enum Error {
     /// A file of the configuration cannot be used.
     #[error(transparent)]
     Open(#[from] files::OpenError),
+    /// A tap of the configuration cannot be used.
+    #[error(transparent)]
+    Tap(#[from] tap::TapError),
     /// No accelerator.
     #[error(transparent)]
     Accel(#[from] accel::Unavailable),
@@ -60,6 +63,7 @@ impl Error {
             | Self::Invalid(_)
             | Self::NotInBuild(_)
             | Self::Open(_)
+            | Self::Tap(_)
             | Self::Accel(_)
             | Self::Program(_)
             | Self::Refused(_) => 2,

@@ -64,6 +64,13 @@ pub const DEVICES: &[Entry] = &[
         program: "anemone-pmem",
         default: false,
     },
+    #[cfg(feature = "net")]
+    Entry {
+        name: "net",
+        summary: "virtio network card on a tap or on passt",
+        program: "anemone-net",
+        default: false,
+    },
     #[cfg(feature = "rng")]
     Entry {
         name: "rng",
@@ -155,6 +162,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
         Kind::Pmem { .. } => "pmem",
         Kind::Rng { .. } => "rng",
         Kind::Vsock { .. } => "vsock",
+        Kind::Net(_) => "net",
     }
 }
 

@@ -22,7 +22,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 ///
 /// # Safety
 /// `result` must be what a call returned that makes a descriptor or fails with a negative number.
-unsafe fn owned(result: libc::c_int) -> io::Result<OwnedFd> {
+pub unsafe fn owned(result: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: not negative, so a new descriptor that nothing else owns.
     check(result).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -12,7 +12,7 @@ use crate::sh;
 /// Target of `.cargo/config.toml`, which decides where cargo puts what it builds.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const ACCELERATORS: &[&str] = &["kvm", "soft", "none"];
-const DEVICES: &[&str] = &["blk", "console", "pmem", "rng", "vsock"];
+const DEVICES: &[&str] = &["blk", "console", "net", "pmem", "rng", "vsock"];
 const MACHINE: &[&str] = &["serial", "panic-device"];
 
 /// A file of `configs/`.
@@ -56,6 +56,15 @@ impl Config {
             .into_iter()
             .chain(devices)
             .collect()
+    }
+
+    /// Their binaries: each has one of its own name, and that of the network card another.
+    fn binaries(&self) -> Vec<String> {
+        let mut names = self.packages();
+        if self.devices.iter().any(|device| device == "net") {
+            names.push("anemone-passt".to_string());
+        }
+        names
     }
 
     /// Features of those packages, in cargo's `package/feature` form.
@@ -123,14 +132,12 @@ pub fn build(path: &Path, release: bool) -> Result<Binaries> {
     });
     sh::fresh(&folder)?;
     fs::create_dir_all(&folder)?;
-    for package in &packages {
-        let built = target_dir().join(profile).join(package);
-        fs::copy(&built, folder.join(package)).with_context(|| built.display().to_string())?;
+    let names = config.binaries();
+    for name in &names {
+        let built = target_dir().join(profile).join(name);
+        fs::copy(&built, folder.join(name)).with_context(|| built.display().to_string())?;
     }
-    Ok(Binaries {
-        folder,
-        names: packages,
-    })
+    Ok(Binaries { folder, names })
 }
 
 /// The build that tests, demonstration and benchmarks run: everything, as released.
@@ -218,7 +225,7 @@ mod tests {
         )
         .unwrap();
         let error = Config::read(&path).unwrap_err().to_string();
-        assert!(error.contains("floppy") && error.contains("blk, console, pmem, rng, vsock"));
+        assert!(error.contains("floppy") && error.contains("blk, console, net, pmem, rng, vsock"));
         fs::write(
             &path,
             "accelerators = []\ndevices = []\nmachine = []\nmore = 1",

@@ -21,6 +21,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_pmem",
     "nd_pmem",
+    "virtio_net",
     "pvpanic_pci",
     "button",
     "evdev",
@@ -42,6 +43,7 @@ const APPLETS: &[&str] = &[
     "awk",
     "basename",
     "cat",
+    "chmod",
     "chroot",
     "clear",
     "cp",
@@ -57,7 +59,9 @@ const APPLETS: &[&str] = &[
     "grep",
     "head",
     "hexdump",
+    "httpd",
     "insmod",
+    "ip",
     "ls",
     "lsmod",
     "mkdir",
@@ -80,12 +84,14 @@ const APPLETS: &[&str] = &[
     "tail",
     "top",
     "tr",
+    "udhcpc",
     "umount",
     "uname",
     "uptime",
     "usleep",
     "vi",
     "wc",
+    "wget",
 ];
 
 /// A guest that can be booted directly.
@@ -125,7 +131,7 @@ fn small(
     sh::fresh(&path)?;
     let mut archive = create(&path)?;
     archive.character("dev/console", 5, 1)?;
-    for folder in ["proc", "sys"] {
+    for folder in ["proc", "sys", "tmp"] {
         archive.folder(folder)?;
     }
     put(&mut archive, "bin/busybox", 0o755, &packages.busybox())?;

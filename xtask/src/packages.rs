@@ -48,6 +48,8 @@ const GUEST: &[&str] = &["busybox-static"];
 /// The package that installs a Debian system into a folder. The host has Perl, which all Debian
 /// systems have, and apt.
 const BOOTSTRAP: &str = "mmdebstrap";
+/// User-mode networking; unpacked alone.
+const PASST: &str = "passt";
 
 /// Debian's kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -168,6 +170,13 @@ impl Packages {
     pub fn mmdebstrap(&self) -> Result<PathBuf> {
         let root = self.alone(BOOTSTRAP, |_| Ok(BOOTSTRAP.to_string()))?;
         Ok(root.join("usr/bin/mmdebstrap"))
+    }
+
+    /// Path of passt, which is fetched when it is first asked for. It runs with the host's own C
+    /// library.
+    pub fn passt(&self) -> Result<PathBuf> {
+        let root = self.alone(PASST, |_| Ok(PASST.to_string()))?;
+        Ok(root.join("usr/bin/passt"))
     }
 
     /// The archives of a Debian release that this host's apt knows, as lines of a sources.list.

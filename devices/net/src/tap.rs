@@ -23,7 +23,6 @@ const IFF_TAP: i16 = 0x0002;
 const IFF_MULTI_QUEUE: i16 = 0x0100;
 const IFF_ATTACH_QUEUE: i16 = 0x0200;
 const IFF_DETACH_QUEUE: i16 = 0x0400;
-const IFF_NO_PI: i16 = 0x1000;
 const IFF_VNET_HDR: i16 = 0x4000;
 
 /// `struct ifreq` with flags.
@@ -71,9 +70,9 @@ pub fn prepare(fd: BorrowedFd<'_>, multi_queue: bool) -> Result<u64, TapError> {
     let mut request = IfReq::new(0);
     let address = (&raw mut request) as libc::c_ulong;
     ioctl(fd, TUNGETIFF, address).map_err(TapError::Not)?;
+    // Whether it was opened with IFF_NO_PI is not told: that bit means something else here.
     let modes = [
         (IFF_TAP, "IFF_TAP"),
-        (IFF_NO_PI, "IFF_NO_PI"),
         (IFF_VNET_HDR, "IFF_VNET_HDR"),
         (
             if multi_queue { IFF_MULTI_QUEUE } else { 0 },

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
+use crate::net::Net;
 use crate::short::{self, Short, Switch};
 use crate::value::{
     AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, OnPanic,
@@ -72,6 +73,12 @@ pub struct Config {
         deserialize_with = "short::tables"
     )]
     pub disk: Vec<Disk>,
+    /// Network cards, in the order of their default slots.
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "short::tables"
+    )]
+    pub net: Vec<Net>,
     /// The virtio console; by default it is on standard input and output.
     #[serde(
         skip_serializing_if = "Option::is_none",
@@ -384,6 +391,9 @@ impl Config {
         }
         for pmem in &mut self.pmem {
             paths.extend([&mut pmem.path, &mut pmem.binary]);
+        }
+        for net in &mut self.net {
+            paths.extend([&mut net.passt, &mut net.binary]);
         }
         if let Some(console) = &mut self.console {
             paths.extend([

@@ -13,6 +13,7 @@
 
 mod config;
 pub mod keyvalue;
+mod net;
 mod short;
 mod value;
 mod vm;
@@ -21,10 +22,11 @@ mod vsock;
 pub use config::{
     Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Restart, Rng, Serial,
 };
+pub use net::{Card, Forward, Forwards, IfName, Mac, Net, Protocol, Uplink};
 pub use short::{Short, Switch};
 pub use value::{
-    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, OnPanic,
-    OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError, Within,
+    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, NetType,
+    OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError, Within,
 };
 pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};
 pub use vsock::{Cid, Vsock};

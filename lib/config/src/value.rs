@@ -18,7 +18,7 @@ pub struct ValueError {
 }
 
 impl ValueError {
-    fn new(found: impl Into<String>, allowed: impl Into<String>) -> Self {
+    pub(crate) fn new(found: impl Into<String>, allowed: impl Into<String>) -> Self {
         Self {
             found: found.into(),
             allowed: allowed.into(),
@@ -94,26 +94,26 @@ impl<'de, const MIN: u16, const MAX: u16> Deserialize<'de> for Within<MIN, MAX> 
 /// Serde for types that are one word or text: written by `Display`, read by `FromStr`.
 macro_rules! serde_as_text {
     ($name:ident) => {
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_str(self)
             }
         }
 
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 struct Text;
 
-                impl Visitor<'_> for Text {
+                impl serde::de::Visitor<'_> for Text {
                     type Value = $name;
 
-                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                         f.write_str(&$name::allowed())
                     }
 
                     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<$name, E> {
                         text.parse()
-                            .map_err(|_| E::invalid_value(Unexpected::Str(text), &self))
+                            .map_err(|_| E::invalid_value(serde::de::Unexpected::Str(text), &self))
                     }
                 }
 
@@ -122,6 +122,8 @@ macro_rules! serde_as_text {
         }
     };
 }
+
+pub(crate) use serde_as_text;
 
 /// Defines a choice between words.
 macro_rules! words {
@@ -216,6 +218,14 @@ words! {
         /// There is no such device.
         #[default]
         None = "none",
+    }
+}
+words! {
+    /// Where the frames of a network card go that needs no name.
+    NetType {
+        /// To passt, which needs no privilege.
+        #[default]
+        User = "user",
     }
 }
 words! {

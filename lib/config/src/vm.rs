@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
+use crate::net::{self, Card};
 use crate::short::Switch;
 use crate::value::{AccelType, CommandLine, Format, Id, SinkType, Size, Within};
 use crate::vsock::Cid;
@@ -43,6 +44,9 @@ pub enum Invalid {
         /// What is possible.
         most: usize,
     },
+    /// A network card without a network.
+    #[error("`{0}`: needs `tap` (a tap of this host) or the type `user` (passt)")]
+    NoUplink(String),
     /// A path without a character.
     #[error("`{0}`: found an empty path")]
     EmptyPath(String),
@@ -67,7 +71,8 @@ pub enum Invalid {
     /// Two devices claim a slot.
     #[error(
         "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
-         1 to 31 (by default console 1, rng 2, panic device 3, vsock 5, disks from 8 and pmem from 24 on)"
+         1 to 31 (by default console 1, rng 2, panic device 3, vsock 5, disks from 8, network cards \
+         from 16 and pmem from 24 on)"
     )]
     SlotTaken {
         /// The slot.
@@ -77,9 +82,10 @@ pub enum Invalid {
         /// Who wants it, too.
         second: String,
     },
-    /// More disks or persistent memory than default slots.
+    /// More devices of a kind than default slots.
     #[error(
-        "`{0}`: no default slot is left (disks take 8 to 31, pmem 24 to 31); name one with `slot`"
+        "`{0}`: no default slot is left (disks take 8 to 31, network cards 16 to 31, pmem 24 to 31); \
+         name one with `slot`"
     )]
     NoSlot(String),
     /// Two devices have one name.
@@ -105,7 +111,8 @@ pub struct Vm {
     pub kernel: PathBuf,
     /// Kernel command line.
     pub cmdline: CommandLine,
-    /// virtio devices: the console, the entropy source, the sockets, the disks, the persistent memory.
+    /// virtio devices: the console, the entropy source, the sockets, the disks, the persistent
+    /// memory, the network cards.
     pub devices: Vec<Device>,
     /// The 16550, where the machine has one.
     pub serial: Option<SerialPort>,
@@ -175,6 +182,8 @@ pub enum Kind {
         /// Where programs of the host connect.
         socket: PathBuf,
     },
+    /// A network card.
+    Net(Card),
 }
 
 /// Persistent memory comes in pieces of this many bytes: what Linux can make memory of
@@ -185,6 +194,7 @@ impl Kind {
     /// virtio device type (virtio 1.2, section 5).
     pub fn device_type(&self) -> u16 {
         match self {
+            Self::Net(_) => 1,
             Self::Disk { .. } => 2,
             Self::Console { .. } => 3,
             Self::Rng { .. } => 4,
@@ -195,12 +205,12 @@ impl Kind {
 
     /// Length of the device-specific configuration in bytes: `virtio_blk_config` up to
     /// `write_zeroes_may_unmap` and its padding (virtio 1.2, 5.2.4), `virtio_console_config`
-    /// (5.3.4), none (5.4.4), `virtio_vsock_config` (5.10.4). That of persistent memory (5.19.4) is not the back end's: where the
-    /// memory is, the VMM knows, which has put it there.
+    /// (5.3.4), none (5.4.4), `virtio_vsock_config` (5.10.4), `virtio_net_config` up to `mtu`
+    /// (5.1.4). That of persistent memory (5.19.4) is not the back end's: where the memory is, the VMM knows, which has put it there.
     pub fn config_size(&self) -> u16 {
         match self {
             Self::Disk { .. } => 60,
-            Self::Console { .. } => 12,
+            Self::Console { .. } | Self::Net(_) => 12,
             Self::Rng { .. } | Self::Pmem { .. } => 0,
             Self::Vsock { .. } => 8,
         }
@@ -277,6 +287,10 @@ impl Config {
         }
         for (number, pmem) in (0u16..).zip(&mut self.pmem) {
             devices.push(persistent_memory(pmem, number, &mut names)?);
+        }
+        let vm = self.name.as_ref().map_or("", Id::as_str);
+        for (number, net) in (0u16..).zip(&mut self.net) {
+            devices.push(net::resolve(net, vm, number, &mut names)?);
         }
         let has_console = devices
             .iter()

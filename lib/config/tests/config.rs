@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anemone_config::{
-    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, PanicDevice, Pmem, Restart, Rng,
-    Serial, Short, Sink, SinkType, Size, Switch, Vm, Vsock, Within,
+    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, Mac, Net, NetType, PanicDevice, Pmem,
+    Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink, Vm, Vsock, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -64,6 +64,11 @@ prop_compose! {
             kernel,
             cmdline: cmdline.map(|text| text.parse().expect("the form of a command line")),
             disk,
+            net: vec![Net {
+                kind: Some(NetType::User),
+                mtu: Some(Within::new(1280 + cpus).expect("in range")),
+                ..Net::default()
+            }],
             console: Some(Console { file: file.clone(), slot, ..Console::default() }),
             serial: file.map(|file| Serial { unix: Some(file), ..Serial::default() }),
             rng: match rng {
@@ -203,6 +208,28 @@ fn short_and_long_forms_are_the_same() {
 }
 
 #[test]
+fn network_cards() {
+    let vm = resolve(
+        "name = \"web\"\nconsole = \"none\"\n\
+         net = [\"user,forward=udp:53-53\", \"tap=t0,queues=4\", \"tap=t1,mac-filter,slot=9\"]\n",
+    )
+    .unwrap();
+    let got: Vec<_> = vm
+        .devices
+        .iter()
+        .map(|device| (device.id.as_str(), device.slot, device.queues))
+        .collect();
+    // A control queue for several pairs, and for a filter.
+    assert_eq!(got, [("net0", 16, 2), ("net1", 17, 9), ("net2", 9, 3)]);
+    let Kind::Net(card) = &vm.devices[0].kind else {
+        panic!("{:?}", vm.devices[0]);
+    };
+    assert_eq!(card.mac, Mac::of("web", "net0"));
+    assert!(matches!(&card.uplink, Uplink::User { forward, .. } if forward.len() == 1));
+    assert_eq!(vm.config.net[0].mac, Some(card.mac));
+}
+
+#[test]
 fn a_back_end_that_runs_already() {
     let vm = resolve("disk = [\"socket=/run/blk.sock,id=x\"]\n").unwrap();
     assert_eq!(
@@ -269,6 +296,17 @@ fn errors_of_the_file_name_line_found_and_allowed() {
             &["explode", "`stop`, `restart`, `ignore`"],
         ),
         ("sandbox = false", &["boolean", "`on`, `log`"]),
+        ("net = [\"user,mtu=67\"]", &["`mtu`", "67", "68 to 65517"]),
+        (
+            "net = [\"user,mac=01:00:00:00:00:00\"]",
+            &["`mac`", "unicast"],
+        ),
+        ("net = [\"tap=a/b\"]", &["`tap`", "a/b", "interface"]),
+        (
+            "net = [\"user,forward=80\"]",
+            &["`forward`", "80", "tcp:8080-80"],
+        ),
+        ("net = [\"bridge\"]", &["`type`", "bridge", "`user`"]),
         ("\n\ncpus = [", &["VM.toml:3:"]),
     ] {
         let error = parse(text).unwrap_err();
@@ -359,6 +397,16 @@ fn contradictions_are_refused() {
         "accel = \"kvm,socket=a\"",
         "accel = \"soft,socket=a\"",
         "rng = \"rate=0\"",
+        "net = [\"mac-filter=on\"]",
+        "net = [\"user,tap=tap0\"]",
+        "net = [\"user,queues=2\"]",
+        "net = [\"tap=tap0,forward=tcp:1-1\"]",
+        "net = [\"tap=tap0,host-loopback\"]",
+        "net = [\"tap=tap0,passt=/bin/passt\"]",
+        "net = [\"tap=tap0,binary=\"]",
+        "net = [\"user,rx-rate=0\"]",
+        "net = [\"user,tx-burst=1K\"]",
+        "net = [\"user,slot=8\"]\ndisk = [\"a\"]",
         "rng = \"rate=1M,socket=a\"",
     ] {
         let error = resolve(text).unwrap_err().to_string();
@@ -401,6 +449,7 @@ fn documentation() {
         unknown_key::<Vsock>(),
         unknown_key::<Cpus>(),
         unknown_key::<Restart>(),
+        unknown_key::<Net>(),
     ] {
         for key in table.split('`').skip(3).step_by(2) {
             assert!(text.contains(&format!("`{key}`")), "{key} is not explained");

@@ -14,6 +14,7 @@ use anemone_ipc::{Channel, FdIndex};
 use crate::accel::Environment;
 use crate::error::{Error, system};
 use crate::files::{self, PmemFile};
+use crate::net::{self, OpenCard};
 use crate::programs::Programs;
 use crate::registry;
 use crate::sink::{self, OpenSink};
@@ -62,6 +63,7 @@ enum Part {
         readonly: bool,
     },
     Vsock(Dialer),
+    Net(OpenCard),
 }
 
 impl Prepared {
@@ -105,6 +107,7 @@ impl Prepared {
                 readonly: *readonly,
             },
             Kind::Vsock { cid, socket } => Part::Vsock(Dialer::open(&id, *cid, socket)?),
+            Kind::Net(card) => Part::Net(net::open(&id, card, programs)?),
         };
         Ok(Self {
             id,
@@ -175,7 +178,7 @@ impl Part {
     /// How many descriptors its process may have kept for the next one.
     fn kept_room(&self) -> usize {
         match self {
-            Self::Disk { .. } | Self::Rng(_) | Self::Pmem { .. } => 4,
+            Self::Disk { .. } | Self::Rng(_) | Self::Pmem { .. } | Self::Net(_) => 4,
             // Memory with its state, and the client of a socket.
             Self::Console(_) | Self::Serial(_) => 8,
             // A descriptor for each connection.
@@ -213,6 +216,7 @@ impl Part {
                 }
             }
             Self::Vsock(dialer) => dialer.pass(program),
+            Self::Net(card) => card.pass(program),
         }
     }
 }

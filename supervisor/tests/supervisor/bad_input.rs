@@ -246,6 +246,30 @@ fn programs_that_are_not_there() {
         ],
         &["cannot find no-such", "`binary`"],
     );
+    refused(
+        &lab,
+        &[
+            "--kernel",
+            "kernel",
+            "--console",
+            "none",
+            "--net",
+            "user,passt=no-such",
+        ],
+        &["cannot find no-such", "`passt`"],
+    );
+    refused(
+        &lab,
+        &[
+            "--kernel",
+            "kernel",
+            "--console",
+            "none",
+            "--net",
+            "tap=no-such",
+        ],
+        &["network card `net0`: tap `no-such`: there is no interface of that name"],
+    );
     std::fs::remove_file(lab.path("anemone-rng")).unwrap();
     refused(
         &lab,

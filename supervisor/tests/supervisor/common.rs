@@ -38,6 +38,7 @@ impl Lab {
             "anemone-blk",
             "anemone-console",
             "anemone-rng",
+            "anemone-net",
         ] {
             fs::copy(&fake, lab.path(name)).unwrap();
         }

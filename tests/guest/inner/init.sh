@@ -160,6 +160,32 @@ step_pmemread() {
     done
 }
 
+# Asks for an address, and fetches a file of a server on the host's loopback, which the gateway's
+# address leads to.
+step_net() {
+    say "card $(cat /sys/class/net/eth0/address) mtu $(cat /sys/class/net/eth0/mtu)"
+    cat > /tmp/lease << 'END'
+#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr add "$ip/$mask" dev "$interface"
+ip route add default via "$router"
+echo "$router" > /tmp/router
+END
+    chmod 755 /tmp/lease
+    ip link set lo up
+    ip link set eth0 up || fail "no network card"
+    udhcpc -i eth0 -n -q -t 10 -s /tmp/lease > /dev/null 2>&1 || fail "no address"
+    say "address $(ip -4 -o addr show eth0 | awk '{ print $4 }')"
+    wget -q -O /tmp/fetched "http://$(cat /tmp/router):$(option fetch)/payload" || fail "cannot fetch"
+    say "fetched $(wc -c < /tmp/fetched) $(sha256sum < /tmp/fetched | cut -c 1-64)"
+}
+
+# Serves what was fetched.
+step_serve() {
+    httpd -p 80 -h /tmp || fail "cannot serve"
+    say "serving"
+}
+
 # A shell, with the disk's files if there is a disk.
 step_shell() {
     if [ -b /dev/vda ] && mkdir -p /disk && mount -t ext4 /dev/vda /disk; then
@@ -196,7 +222,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | button | shell | pmem | pmemro | pmemread) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | serve | button | shell | pmem | pmemro | pmemread) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

@@ -8,6 +8,7 @@
 //! On a host, `--list ACCELERATOR` prints what there is, and `NAME KEY=VALUE...` runs a scenario;
 //! the pairs say what is where, see [`Place`].
 
+mod net;
 mod probe;
 mod scenarios;
 mod sys;

@@ -32,6 +32,8 @@ pub struct Place {
     pub scratch: PathBuf,
     /// Command that runs qemu-storage-daemon, in words.
     pub storage_daemon: Vec<String>,
+    /// passt, where there is one.
+    pub passt: Option<PathBuf>,
     /// User that VMs run as instead of the runner's own.
     pub user: Option<u32>,
     /// Longest that anything may take.
@@ -59,6 +61,7 @@ impl Place {
             template: "/guest/root.img".into(),
             scratch: "/tmp".into(),
             storage_daemon: words.map(str::to_string).to_vec(),
+            passt: None,
             // Root is never needed.
             user: Some(1000),
             patience: Duration::from_secs(120),
@@ -87,6 +90,7 @@ impl Place {
             format!("patience={}", self.patience.as_secs()),
         ];
         arguments.extend(self.storage_daemon.iter().map(|w| format!("daemon={w}")));
+        arguments.extend(self.passt.iter().map(|p| format!("passt={}", p.display())));
         for guest in &self.guests {
             arguments.push(format!("guest={}", guest.name));
             arguments.push(format!("kernel={}", guest.kernel.display()));
@@ -105,6 +109,7 @@ impl Place {
             template: PathBuf::new(),
             scratch: PathBuf::new(),
             storage_daemon: Vec::new(),
+            passt: None,
             user: None,
             patience: Duration::ZERO,
         };
@@ -120,6 +125,7 @@ impl Place {
                 "patience" => {
                     place.patience = Duration::from_secs(value.parse().map_err(|_| wrong())?);
                 }
+                "passt" => place.passt = Some(value.into()),
                 "daemon" => place.storage_daemon.push(value.into()),
                 "guest" => place.guests.push(Guest {
                     name: value.into(),
@@ -143,6 +149,7 @@ mod tests {
     fn arguments_say_everything_but_the_user() {
         let mut place = Place::rig();
         place.accel = "soft".into();
+        place.passt = Some("/passt".into());
         place.guests.push(Guest {
             name: "rt".into(),
             kernel: "/k n=1".into(),

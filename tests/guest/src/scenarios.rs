@@ -147,6 +147,12 @@ pub const ALL: &[Scenario] = &[
         persistent_memory_truncated,
     )
     .only("soft"),
+    Scenario::new(
+        "net",
+        "passt: an address, a file from the host's loopback, and one through a forwarded port",
+        crate::net::passt,
+    )
+    .only("soft"),
     Scenario::new("console-pty", "a shell on a pseudo-terminal", console_pty),
     Scenario::new(
         "serial",

@@ -119,6 +119,31 @@ const CASES: &[Case] = &[
         words: &["colour"],
     },
     Case {
+        name: "network card without a network",
+        arguments: &["--kernel", "DIR/tiny.elf", "--net", "mtu=1500"],
+        words: &["net0", "tap"],
+    },
+    Case {
+        name: "tap that is not there",
+        arguments: &["--kernel", "DIR/tiny.elf", "--net", "tap=no-such-tap"],
+        words: &["no-such-tap", "no interface"],
+    },
+    Case {
+        name: "passt that is not there",
+        arguments: &["--kernel", "DIR/tiny.elf", "--net", "user,passt=DIR/absent"],
+        words: &["absent", "passt"],
+    },
+    Case {
+        name: "passt that is another program",
+        arguments: &["--kernel", "DIR/tiny.elf", "--net", "user,passt=/bin/ls"],
+        words: &["passt exited with status 2"],
+    },
+    Case {
+        name: "port that cannot be forwarded",
+        arguments: &["--kernel", "DIR/tiny.elf", "--net", "user,forward=tcp:80"],
+        words: &["forward", "tcp:8080-80"],
+    },
+    Case {
         name: "unknown disk format",
         arguments: &[
             "--kernel",

@@ -108,6 +108,7 @@ impl<'a> Setup<'a> {
             template: template.image,
             scratch: folder,
             storage_daemon: words.map(|w| w.to_string_lossy().into_owned()).collect(),
+            passt: Some(packages.passt()?),
             user: None,
             patience: PATIENCE,
         };

@@ -113,8 +113,11 @@ impl Card {
 
     /// What has arrived after `time`.
     pub fn receive_within(&mut self, time: Duration) -> Option<Packet> {
-        self.device.queues[0].wait(time).unwrap();
-        self.rx.take(&mut self.device.queues[0]).unwrap()
+        let queue = &mut self.device.queues[0];
+        queue.wait(time).unwrap();
+        let packet = self.rx.take(queue).unwrap();
+        self.rx.refill(queue);
+        packet
     }
 }
 

@@ -1,0 +1,119 @@
+//! Scenarios with a network card.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anemone_guest_init::place::Place;
+
+use crate::vm::{Result, Vm};
+
+/// Longest wait for a byte from the guest.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server on this host's loopback that answers every request with the same bytes.
+struct Server {
+    port: u16,
+}
+
+impl Server {
+    /// Serves until the runner ends.
+    fn start(content: Arc<Vec<u8>>) -> Result<Self> {
+        let fail = |e| format!("server: {e}");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(fail)?;
+        let port = listener.local_addr().map_err(fail)?.port();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let content = Arc::clone(&content);
+                // A client that goes away early has its own message.
+                thread::spawn(move || drop(answer(client, &content)));
+            }
+        });
+        Ok(Self { port })
+    }
+}
+
+fn answer(mut client: TcpStream, content: &[u8]) -> std::io::Result<()> {
+    let mut lines = BufReader::new(client.try_clone()?).lines();
+    while lines
+        .next()
+        .transpose()?
+        .is_some_and(|line| !line.is_empty())
+    {}
+    let length = content.len();
+    write!(
+        client,
+        "HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n"
+    )?;
+    client.write_all(content)
+}
+
+/// The body of what a server at this port of the loopback answers.
+fn fetch(port: u16, path: &str) -> std::io::Result<Vec<u8>> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    let end = end.ok_or_else(|| std::io::Error::other("an answer without a header"))?;
+    Ok(answer.split_off(end + 4))
+}
+
+/// A port of the loopback that is free at the moment.
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let address = listener.and_then(|listener| listener.local_addr());
+    address
+        .map(|a| a.port())
+        .map_err(|e| format!("a free port: {e}"))
+}
+
+/// Bytes that do not repeat.
+fn payload(length: usize) -> Vec<u8> {
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    (0..length)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .collect()
+}
+
+/// A card on passt: DHCP, a download through the gateway, a download through a forwarded port.
+pub fn passt(place: &Place) -> Result<()> {
+    const LENGTH: usize = 2_000_000;
+    let passt = place.passt.as_ref().ok_or("there is no passt here")?;
+    let content = Arc::new(payload(LENGTH));
+    let server = Server::start(Arc::clone(&content))?;
+    let port = free_port()?;
+    let net = format!(
+        "user,host-loopback,forward=tcp:{port}-80,mac=02:00:00:12:34:56,mac-filter,passt={}",
+        passt.display()
+    );
+    let steps = format!("net,serve,button,poweroff anemone.fetch={}", server.port);
+    let mut vm = Vm::start(place, &steps, &["--net", &net])?;
+    vm.wait_for("guest: serving")?;
+    let fetched = fetch(port, "/fetched").map_err(|e| format!("forwarded port: {e}"))?;
+    if fetched != *content {
+        return Err(format!(
+            "{} bytes came back, not the {LENGTH} sent",
+            fetched.len()
+        ));
+    }
+    vm.wait_for("guest: waiting for the power button")?;
+    thread::sleep(Duration::from_secs(2));
+    vm.signal(libc::SIGTERM)?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&[
+        "guest: card 02:00:00:12:34:56 mtu 1500",
+        "guest: address ",
+        &format!("guest: fetched {LENGTH} "),
+        "guest: done",
+    ])
+}
