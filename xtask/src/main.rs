@@ -114,6 +114,15 @@ enum Bench {
         #[arg(long, default_value_t = 3)]
         seconds: u32,
     },
+    /// Frames through anemone-net: packets per second, CPU time per packet, latency.
+    Net {
+        /// Measurements of each load.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Length of one measurement.
+        #[arg(long, default_value_t = 3)]
+        seconds: u32,
+    },
     /// The software CPU: boot and loops in a guest, beside QEMU's TCG and the host.
     Soft {
         /// Measurements of each engine.
@@ -158,6 +167,7 @@ fn dispatch(command: Command) -> Result<bool> {
             Bench::Start { runs } => bench::start(runs)?,
             Bench::Memory => bench::memory()?,
             Bench::Block { runs, seconds } => bench::block(runs, seconds)?,
+            Bench::Net { runs, seconds } => bench::net(runs, seconds)?,
             Bench::Soft {
                 runs,
                 millis,

@@ -2,6 +2,7 @@
 
 mod block;
 mod memory;
+mod net;
 mod soft;
 mod start;
 mod trace;
@@ -9,6 +10,7 @@ mod vmm;
 
 pub use block::run as block;
 pub use memory::{of_family, run as memory};
+pub use net::run as net;
 pub use soft::{Engine, Plan, run as soft};
 pub use start::run as start;
 pub use vmm::ours;
