@@ -1,10 +1,12 @@
 //! The block device: features, configuration space and its queues.
 
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use anemone_device::{Device, Mode, Vring};
+use anemone_device::{Device, Host, Mode, Vring};
+use anemone_log::warn_limited;
 
 use crate::image::SECTOR_SIZE;
 use crate::request::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, feature};
@@ -15,10 +17,15 @@ const SEG_MAX: u32 = 254;
 /// Offset of `writeback` in the configuration space.
 const WRITEBACK: usize = 32;
 
+/// Kept while the driver has chosen write-through. Only that it is kept matters: a process that
+/// replaces this one must not take the driver's writes as durable only after a flush.
+const KEPT_WRITE_THROUGH: u64 = 0;
+
 /// A virtio-blk device.
 pub struct Block {
     disk: Arc<Disk>,
     queues: Vec<Worker>,
+    host: Option<Host>,
 }
 
 impl Block {
@@ -27,7 +34,26 @@ impl Block {
         let queues = (0..queues)
             .map(|index| Worker::new(index, Arc::clone(&disk), uring, sandbox))
             .collect::<io::Result<_>>()?;
-        Ok(Self { disk, queues })
+        Ok(Self {
+            disk,
+            queues,
+            host: None,
+        })
+    }
+
+    fn set_writeback(&self, writeback: bool) {
+        self.disk.writeback.store(writeback, Ordering::Relaxed);
+        let Some(host) = &self.host else { return };
+        if writeback {
+            host.forget(KEPT_WRITE_THROUGH);
+        } else if let Err(error) = host.keep(KEPT_WRITE_THROUGH, self.token()) {
+            warn_limited!("a restart would lose the choice of write-through: {error}");
+        }
+    }
+
+    /// Some descriptor.
+    fn token(&self) -> BorrowedFd<'_> {
+        self.queues[0].wake()
     }
 }
 
@@ -82,7 +108,7 @@ impl Device for Block {
         if let Some(value) = value
             && !self.disk.image.read_only()
         {
-            self.disk.writeback.store(*value != 0, Ordering::Relaxed);
+            self.set_writeback(*value != 0);
         }
     }
 
@@ -90,7 +116,7 @@ impl Device for Block {
         let flush_and_wce = feature::FLUSH | feature::CONFIG_WCE;
         if ring.features & flush_and_wce == feature::CONFIG_WCE {
             // The driver cannot flush, so it is told that it need not (virtio 1.2, 5.2.5.2).
-            self.disk.writeback.store(false, Ordering::Relaxed);
+            self.set_writeback(false);
         }
         match self.queues.get_mut(ring.index) {
             Some(queue) => queue.start(ring),
@@ -101,6 +127,18 @@ impl Device for Block {
         }
     }
 
+    fn attach(&mut self, host: &Host) {
+        self.host = Some(host.clone());
+    }
+
+    fn restore(&mut self, key: u64, _fd: OwnedFd) {
+        if key == KEPT_WRITE_THROUGH {
+            self.disk.writeback.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// The choice stays kept: this is also the end of a process that is replaced in good order, and
+    /// write-through is right for every driver.
     fn reset(&mut self) {
         self.disk.writeback.store(true, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 
 use std::error::Error;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -85,6 +85,11 @@ impl Worker {
             }),
             thread: None,
         })
+    }
+
+    /// The descriptor by which the thread is woken.
+    pub fn wake(&self) -> BorrowedFd<'_> {
+        self.stop.wake.as_fd()
     }
 
     /// Hands over a ring and returns when it is being served.

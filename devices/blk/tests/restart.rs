@@ -171,3 +171,22 @@ fn no_write_is_lost_or_repeated_with_io_uring() {
 fn no_write_is_lost_or_repeated_without_io_uring() {
     survives("sync");
 }
+
+/// A driver that has chosen write-through relies on it without a flush.
+#[test]
+fn the_choice_of_write_through_survives() {
+    const WRITEBACK: u32 = 32;
+    let image = Image::new(BLOCK);
+    let args = ["--image-fd", "5"];
+    let fds = vec![image.file.try_clone().unwrap().into()];
+    let mut device = Replaceable::start(BINARY, &args, fds, &Options::default()).unwrap();
+    for value in [0, 1, 0] {
+        let frontend = &mut device.device.frontend;
+        frontend.set_config(WRITEBACK, &[value]).unwrap();
+        for _ in 0..2 {
+            device.replace().unwrap();
+            let frontend = &mut device.device.frontend;
+            assert_eq!(frontend.config(WRITEBACK, 1).unwrap(), [value]);
+        }
+    }
+}
