@@ -2,13 +2,14 @@
 //! places for some time and prints one line of JSON.
 //!
 //! ```text
-//! blk-bench --socket PATH [--depth N] [--seconds S] [--pid PID] [--block BYTES] [--rw randread|randwrite]
+//! blk-bench --socket PATH [--depth N] [--seconds S] [--pid PID] [--block BYTES]
+//!           [--rw randread|randwrite] [--inflight on|off]
 //! {"iops": …, "requests": …, "seconds": …, "cpu_seconds": …, "iops_per_cpu_second": …}
 //! ```
 //!
 //! One thread plays guest and VMM: it kicks only when the server asks for it, and waits for an
 //! interrupt only when it has nothing else to do. The CPU time is that of the server with process
-//! number PID, all its threads included.
+//! number PID, all its threads included. `--inflight off` keeps it from tracking what is in flight.
 
 use std::error::Error;
 use std::os::unix::net::UnixStream;
@@ -27,6 +28,7 @@ struct Load {
     pid: Option<u32>,
     block: u32,
     kind: u32,
+    inflight: bool,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -34,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = Options {
         memory: (4 << 20) + 2 * load.depth as u64 * u64::from(load.block),
         queue_size: QUEUE_SIZE,
+        inflight: load.inflight,
         ..Options::default()
     };
     let mut device = Device::connect(UnixStream::connect(&load.socket)?, &options)?;
@@ -79,6 +82,7 @@ fn parse() -> Result<Load, Box<dyn Error>> {
         pid: None,
         block: 4096,
         kind: request::IN,
+        inflight: true,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -91,6 +95,7 @@ fn parse() -> Result<Load, Box<dyn Error>> {
             "--block" => load.block = value.parse()?,
             "--rw" if value == "randread" => load.kind = request::IN,
             "--rw" if value == "randwrite" => load.kind = request::OUT,
+            "--inflight" if value == "on" || value == "off" => load.inflight = value == "on",
             _ => return Err(format!("cannot use {name} {value}").into()),
         }
     }

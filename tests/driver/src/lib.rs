@@ -22,6 +22,7 @@
 //! ```
 //!
 //! `ANEMONE_SEED=N` runs the same kills and the same load again; the moments are those of the host.
+//! `ANEMONE_KILLS=N` kills more often, or less.
 //!
 //! Guest memory is one region at guest address 0. Mistakes of the caller, such as an address
 //! outside it, panic.

@@ -3,7 +3,8 @@
 use std::borrow::{Borrow, BorrowMut};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -204,9 +205,13 @@ pub struct Kills {
 }
 
 impl Kills {
-    /// So many kills, the time from one to the next random up to `longest`. The seed is
-    /// `$ANEMONE_SEED` or the clock, and printed.
+    /// So many kills, or `$ANEMONE_KILLS`, the time from one to the next random up to `longest`. The
+    /// seed is `$ANEMONE_SEED` or the clock, and printed.
+    ///
+    /// # Panics
+    /// One of the variables is not a number.
     pub fn new(count: usize, longest: Duration) -> Self {
+        let count = number("ANEMONE_KILLS").map_or(count, |kills| kills as usize);
         let mut kills = Self {
             random: Random::seeded(),
             left: count,
@@ -280,23 +285,42 @@ impl Kills {
         &mut self.random
     }
 
-    /// Prints how long the pauses were, from the kill until the new process had all rings.
+    /// Prints how long the pauses were, from the kill until the new process had all rings; also
+    /// appends the line to the file `$ANEMONE_PAUSES`, as test runners show nothing of a test that
+    /// passes.
+    ///
+    /// # Panics
+    /// The file cannot be written.
+    #[allow(clippy::expect_used, reason = "a mistake of the user")]
     pub fn report(&mut self, what: &str) {
         self.pauses.sort_unstable();
         let Some(last) = self.pauses.len().checked_sub(1) else {
             return;
         };
         let at = |percent: usize| self.pauses[last * percent / 100].as_secs_f64() * 1e3;
-        println!(
+        let line = format!(
             "{what}: {} kills, {:.1} chains in flight at each; pause p50 {:.1} ms, p99 {:.1} ms, \
-             longest {:.1} ms",
+             longest {:.1} ms\n",
             self.pauses.len(),
             self.in_flight as f64 / self.pauses.len() as f64,
             at(50),
             at(99),
             at(100)
         );
+        print!("{line}");
+        if let Some(path) = std::env::var_os("ANEMONE_PAUSES") {
+            let file = File::options().create(true).append(true).open(path);
+            let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+            written.expect("ANEMONE_PAUSES");
+        }
     }
+}
+
+/// An environment variable that is a number.
+#[allow(clippy::expect_used, reason = "a mistake of the user")]
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().expect(variable))
 }
 
 /// Random numbers (xorshift64*), the same ones for the same seed.
@@ -308,14 +332,11 @@ impl Random {
     ///
     /// # Panics
     /// `$ANEMONE_SEED` is not a number.
-    #[allow(clippy::expect_used, reason = "a mistake of the user")]
     pub fn seeded() -> Self {
-        let seed = match std::env::var("ANEMONE_SEED") {
-            Ok(text) => text.parse().expect("$ANEMONE_SEED is a number"),
-            Err(_) => SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(1, |time| time.as_nanos() as u64),
-        };
+        let seed = number("ANEMONE_SEED").unwrap_or_else(|| {
+            let time = SystemTime::now().duration_since(UNIX_EPOCH);
+            time.map_or(1, |time| time.as_nanos() as u64)
+        });
         println!("ANEMONE_SEED={seed}");
         Self(seed | 1)
     }

@@ -15,10 +15,12 @@ use super::Context;
 
 pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
     let packages = context.packages()?;
+    let pauses = sh::fresh_dir("unit")?.join("pauses");
     let runner = Runner {
         nextest: sh::quiet(build::cargo().args(["nextest", "--version"])).is_ok(),
         path: packages.search_path()?,
         kernel: packages.kernel(),
+        pauses: pauses.clone(),
     };
     if !runner.nextest {
         sh::progress("cargo-nextest is not installed: using cargo test");
@@ -34,6 +36,14 @@ pub fn run(context: &Context, _: &[String]) -> Result<Vec<Outcome>> {
     for package in more {
         outcomes.extend(runner.run(&["--package", package], true)?);
     }
+    if let Ok(text) = std::fs::read_to_string(&pauses) {
+        let mut lines: Vec<_> = text.lines().collect();
+        lines.sort_unstable();
+        sh::progress(format_args!("Device processes killed and replaced:"));
+        lines
+            .iter()
+            .for_each(|line| sh::progress(format_args!("  {line}")));
+    }
     Ok(outcomes)
 }
 
@@ -43,6 +53,8 @@ struct Runner {
     /// Search path with the programs that tests compare with.
     path: OsString,
     kernel: PathBuf,
+    /// Where tests say how long the pauses were when a process was replaced.
+    pauses: PathBuf,
 }
 
 impl Runner {
@@ -66,6 +78,7 @@ impl Runner {
         }
         command
             .env("PATH", &self.path)
+            .env("ANEMONE_PAUSES", &self.pauses)
             .env("ANEMONE_KERNEL", &self.kernel);
         let (lines, success) = run_and_show(&mut command)?;
         let (passed, failed) = match self.nextest {
