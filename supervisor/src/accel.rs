@@ -63,6 +63,17 @@ pub enum Opened {
     None(UnixStream),
 }
 
+impl Opened {
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Kvm(_) => "kvm",
+            Self::Soft => "soft",
+            Self::None(_) => "none",
+        }
+    }
+}
+
 /// What starting the self-test needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Environment<'a> {

@@ -108,6 +108,32 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print the state of a running VM and its processes, or of all VMs of this user.
+    Status {
+        /// Name of the VM, or process id of its `anemone run`.
+        #[arg(value_name = "NAME|PID")]
+        vm: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put a new process in the place of a device's, under the running guest.
+    ///
+    /// The old process finishes what is in flight. The program is looked at anew, so that a newer one
+    /// at the same path is put to use.
+    RestartDevice {
+        /// Name of the VM, or process id of its `anemone run`.
+        #[arg(value_name = "NAME|PID")]
+        vm: String,
+        /// Id of the device.
+        id: String,
+    },
+    /// Press the power button of a running VM.
+    PowerButton {
+        /// Name of the VM, or process id of its `anemone run`.
+        #[arg(value_name = "NAME|PID")]
+        vm: String,
+    },
     /// Print what this host offers, which layers of the jail work here, and what each process may
     /// do.
     Doctor {

@@ -42,6 +42,9 @@ pub enum Error {
     /// A process could not be told something.
     #[error(transparent)]
     Channel(#[from] anemone_ipc::Error),
+    /// The command names a VM that does not run, or several.
+    #[error("{0}")]
+    NoSuchVm(String),
     /// The VM failed.
     #[error("{0}")]
     Failed(String),
@@ -66,6 +69,7 @@ impl Error {
             | Self::Tap(_)
             | Self::Accel(_)
             | Self::Program(_)
+            | Self::NoSuchVm(_)
             | Self::Refused(_) => 2,
             Self::Spawn(_)
             | Self::AcpiDump(_)

@@ -11,6 +11,7 @@ mod accel;
 mod acpi_dump;
 mod check;
 pub mod cli;
+mod control;
 mod cpu_models;
 mod devices;
 mod doctor;
@@ -63,6 +64,9 @@ fn dispatch(cli: Cli) -> Result<(), Error> {
         } => check::check(vm.resolve()?, log_level, dump_acpi.as_deref(), json),
         Command::Devices { json } => devices::print(json),
         Command::CpuModels { json } => cpu_models::print(json, log_level),
+        Command::Status { vm, json } => control::client::print_status(vm.as_deref(), json),
+        Command::RestartDevice { vm, id } => control::client::restart_device(&vm, &id),
+        Command::PowerButton { vm } => control::client::power_button(&vm),
         Command::Doctor { json, policies } => doctor::print(json, policies, log_level),
     }
 }

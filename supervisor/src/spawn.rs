@@ -295,6 +295,11 @@ impl Process {
         }
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.unsigned_abs()
+    }
+
     /// "PROGRAM, pid N".
     pub fn name(&self) -> String {
         format!("{}, pid {}", self.program, self.pid)

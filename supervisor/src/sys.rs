@@ -368,6 +368,27 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     Ok(socket)
 }
 
+/// The user at the other end of a connected UNIX socket.
+pub fn peer_user(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    let mut length = size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: the call fills in at most `length` bytes of the structure.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok(peer.uid)
+}
+
 /// Effective user id.
 pub fn effective_user() -> u32 {
     // SAFETY: no pointers; it cannot fail.

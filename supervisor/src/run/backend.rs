@@ -29,6 +29,8 @@ use super::restart::Restarts;
 
 /// A process that dies closes its channels a moment before it can be waited for.
 const ENDING: Duration = Duration::from_millis(50);
+/// Time that a process which has been asked to end may take for what is in flight.
+const PLANNED_LIMIT: Duration = Duration::from_secs(10);
 
 /// A back end whose files are open and whose program has been found, but which does not run yet.
 #[derive(Debug)]
@@ -150,6 +152,7 @@ impl Prepared {
                     next: None,
                     restarts: Restarts::new(limit, Instant::now()),
                     due: None,
+                    planned: None,
                 };
                 if serial {
                     child.stream = Some(theirs);
@@ -303,9 +306,24 @@ pub struct Child {
     pub restarts: Restarts,
     /// When it is to be started again.
     pub due: Option<Instant>,
+    /// It has been asked to end, so that another one can take its place; until when it may take.
+    pub planned: Option<Instant>,
 }
 
 impl Child {
+    /// The program.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Has the process finish what is in flight and end. Another one will take its place.
+    pub fn end_as_planned(&mut self, now: Instant) {
+        if self.process.is_some() {
+            self.channel = None;
+            self.planned = Some(now + PLANNED_LIMIT);
+        }
+    }
+
     /// Connects its guest to a socket of the host; false if it has no sockets.
     pub fn dial(&mut self, id: u64, port: u32) -> bool {
         match (&mut self.part, &self.channel) {
@@ -411,6 +429,8 @@ pub struct External {
     /// When to try to connect to it.
     pub due: Option<Instant>,
     pause: Duration,
+    /// How often it was connected to again.
+    pub reconnections: u64,
 }
 
 impl External {
@@ -423,6 +443,7 @@ impl External {
             path,
             due: None,
             pause: Self::FIRST_PAUSE,
+            reconnections: 0,
         }
     }
 
@@ -447,7 +468,10 @@ impl External {
     pub fn connect(&mut self, now: Instant) -> io::Result<UnixStream> {
         let outcome = sys::connect_now(&self.path);
         match outcome {
-            Ok(_) => self.due = None,
+            Ok(_) => {
+                self.due = None;
+                self.reconnections += 1;
+            }
             Err(_) => self.later(now),
         }
         outcome
@@ -474,7 +498,7 @@ impl Backend {
     /// When something is to be done for it.
     pub fn due(&self) -> Option<Instant> {
         match &self.service {
-            Running::Child(child) => child.due,
+            Running::Child(child) => child.due.or(child.planned),
             Running::Elsewhere(external) => external.due,
         }
     }

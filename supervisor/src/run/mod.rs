@@ -13,6 +13,7 @@
 //! connects to it again, in every phase.
 
 mod backend;
+mod commands;
 mod dial;
 mod kept;
 mod recovery;
@@ -31,6 +32,7 @@ use log::LevelFilter;
 
 use crate::accel::{self, Environment, Opened};
 use crate::acpi_dump;
+use crate::control::server::{Server, Waits};
 use crate::error::{Error, printable, system};
 use crate::jail;
 use crate::programs::Programs;
@@ -103,6 +105,15 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
+    /// Makes the control socket. A VM runs without one as well.
+    fn listen(&self) -> Option<Server> {
+        let name = self.vm.config.name.as_ref().map(anemone_config::Id::as_str);
+        let server = Server::new(name);
+        server
+            .inspect_err(|error| log::warn!("there is no control socket: {error}"))
+            .ok()
+    }
+
     fn start_vmm(&self) -> Result<Vmm, Error> {
         let cpus = self.vm.config.cpus.count.get();
         Vmm::start(&self.vmm_path, self.environment, Some(&self.accel), cpus)
@@ -119,6 +130,8 @@ struct Session<'a> {
     phase: Phase,
     /// The guest has run: from now on back ends may come and go.
     has_run: bool,
+    /// Where others ask it things; none where the host has no place for it.
+    control: Option<Server>,
     /// What the last VMM has said about devices that no driver has used.
     untouched: Vec<DeviceUse>,
     dump_to: Option<(&'a Path, std::os::fd::OwnedFd)>,
@@ -168,6 +181,7 @@ enum Source {
     VmmExit,
     BackendExit(usize),
     Signals,
+    Control,
 }
 
 impl Phase {
@@ -209,6 +223,7 @@ impl<'a> Session<'a> {
             connections,
             phase: Phase::starting(),
             has_run: false,
+            control: host.listen(),
             untouched: Vec::new(),
             dump_to,
             raw_mode: None,
@@ -286,13 +301,16 @@ impl<'a> Session<'a> {
                 Some(left)
             }
         };
-        let due = self.backends.iter().filter_map(Backend::due).min();
+        let due = self.backends.iter().filter_map(Backend::due);
+        let clients = self.control.as_ref().and_then(|control| control.due(now));
+        let due = due.chain(clients).min();
         let due = due.map(|due| due.saturating_duration_since(now));
         let ready = self.wait(left.into_iter().chain(due).min())?;
         if ready.is_empty() && due.is_none() && self.phase == Phase::Running && self.untrimmed {
             self.untrimmed = false;
             anemone_process::release_memory();
         }
+        let heard = ready.iter().any(|source| matches!(source, Source::Control));
         for source in ready {
             let turn = match source {
                 Source::Vmm => self.hear_vmm()?,
@@ -308,10 +326,15 @@ impl<'a> Session<'a> {
                 }
                 Source::BackendExit(index) => self.backend_down(index, Why::Ended)?,
                 Source::Signals => self.take_signals()?,
+                // All clients are heard below.
+                Source::Control => Turn::Continue,
             };
             if !matches!(turn, Turn::Continue) {
                 return Ok(turn);
             }
+        }
+        if heard || clients.is_some_and(|due| due <= Instant::now()) {
+            self.serve_clients()?;
         }
         self.bring_back()?;
         self.begin_if_ready()?;
@@ -351,6 +374,13 @@ impl<'a> Session<'a> {
         }
         sources.push(Source::Signals);
         fds.push(sys::readable(self.host.signals.as_fd()));
+        for (fd, events) in self.control.iter().flat_map(Server::watched) {
+            sources.push(Source::Control);
+            fds.push(libc::pollfd {
+                events,
+                ..sys::readable(fd)
+            });
+        }
         sys::poll(&mut fds, limit).map_err(system("poll"))?;
         let ready = sources.into_iter().zip(&fds);
         Ok(ready
@@ -382,6 +412,7 @@ impl<'a> Session<'a> {
                 FromVmm::Event(event) => self.guest_event(event)?,
                 FromVmm::Devices(used) => {
                     self.untouched = used;
+                    self.answer_waiting(Waits::Use);
                     Turn::Continue
                 }
             };

@@ -14,6 +14,7 @@ use anemone_log::warn_limited;
 
 use super::backend::{Backend, Running};
 use super::{Phase, Session, Turn};
+use crate::control::server::Waits;
 use crate::error::{Error, system};
 use crate::sys;
 use crate::vmm::ending;
@@ -49,6 +50,15 @@ impl Session<'_> {
             return Ok(Turn::Continue);
         };
         let (name, exit) = child.stop();
+        if child.planned.take().is_some() {
+            log::info!("device `{id}`: {name}, has ended as planned; another takes its place");
+            child.restarts.count += 1;
+            child.due = Some(now);
+            return Ok(match starting {
+                true => Turn::Restart,
+                false => Turn::Continue,
+            });
+        }
         let what = match (why, exit) {
             (Why::Said(reason), _) | (Why::Seen(reason), None) => format!("{name}: {reason}"),
             (Why::Ended | Why::Seen(_), Some(exit)) => format!("{name}, {exit}"),
@@ -94,6 +104,8 @@ impl Session<'_> {
         }
         backend.lost(now);
         match &mut backend.service {
+            // It has been asked to end, and is about to.
+            Running::Child(child) if child.planned.is_some() => Ok(Turn::Continue),
             Running::Child(child) if child.process.is_some() => {
                 self.backend_down(index, Why::Seen(reason))
             }
@@ -120,6 +132,7 @@ impl Session<'_> {
                 backend.id,
                 pause.as_secs_f64() * 1000.0
             );
+            self.answer_waiting(Waits::Restart(index));
         }
     }
 
@@ -130,7 +143,13 @@ impl Session<'_> {
             if self.backends[index].due().is_none_or(|due| due > now) {
                 continue;
             }
-            match self.backends[index].service {
+            match &mut self.backends[index].service {
+                Running::Child(child) if child.planned.is_some() => {
+                    // It has not ended; its end is seen next.
+                    if let Some(process) = &mut child.process {
+                        process.kill();
+                    }
+                }
                 Running::Child(_) => self.start_again(index)?,
                 Running::Elsewhere(_) => self.connect_again(index, now)?,
             }
@@ -157,6 +176,7 @@ impl Session<'_> {
         if child.is_stream() {
             // The stream has no state: it goes on as soon as the process reads it.
             backend.back(Instant::now());
+            self.answer_waiting(Waits::Restart(index));
             return Ok(());
         }
         if let Some(connection) = child.next.take() {

@@ -77,7 +77,8 @@ fn descriptors() -> String {
 
 /// Steps: `refuse:TEXT`, `ready`, `start` (wait for it), `power` (wait for the button),
 /// `shutdown`, `reset`, `panic`, `lost:ID` (its last connection), `reconnect` (wait for it, and
-/// report it as done), `untouched:ID`, `failed:TEXT`, `nonsense`, `kill:SIGNAL`, `exit:STATUS`,
+/// report it as done), `untouched:ID`, `serve` (answer and reconnect
+/// until the power button is pressed, then shut down), `failed:TEXT`, `nonsense`, `kill:SIGNAL`, `exit:STATUS`,
 /// `hang`. After the last step it exits with 0.
 fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
     let start = fs::read_to_string(folder.join("vmm.log"))
@@ -202,6 +203,30 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
                 note(folder, "vmm", &format!("reconnect {id} {connection}"));
                 event(Event::BackendBack { id, connection });
             }
+            "serve" => loop {
+                let mut received = channel.recv::<ToVmm>().expect("message");
+                match &received.message {
+                    ToVmm::Devices => send(&FromVmm::Devices(vec![DeviceUse {
+                        id: "rng".to_owned(),
+                        untouched: Some("no driver".to_owned()),
+                    }])),
+                    ToVmm::Reconnect {
+                        id,
+                        connection: number,
+                        socket,
+                    } => {
+                        let (id, socket) = (id.clone(), *socket);
+                        connection = *number;
+                        sockets.push(Some(received.take(socket).expect("socket")));
+                        event(Event::BackendBack { id, connection });
+                    }
+                    ToVmm::PowerButton => {
+                        event(Event::Shutdown);
+                        break;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            },
             "untouched" => send(&FromVmm::Devices(vec![DeviceUse {
                 id: value.to_owned(),
                 untouched: Some("no driver".to_owned()),

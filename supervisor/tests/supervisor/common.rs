@@ -67,6 +67,7 @@ impl Lab {
         command
             .args(args)
             .env("ANEMONE_LIBEXEC", self.folder.path())
+            .env("XDG_RUNTIME_DIR", self.folder.path())
             .current_dir(self.folder.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -78,6 +79,16 @@ impl Lab {
     pub fn anemone(&self, args: &[&str]) -> Outcome {
         let child = self.command(args).spawn().unwrap();
         self.finish(child)
+    }
+
+    /// The same beside a VM that runs.
+    pub fn anemone_beside(&self, args: &[&str]) -> Outcome {
+        let output = self.command(args).output().unwrap();
+        Outcome {
+            status: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
     }
 
     /// Runs `anemone run --kernel kernel --console none` with the accelerator `none`, whose driver

@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod common;
+mod control;
 mod lifecycle;
 mod recovery;
 mod terminal;

@@ -1,0 +1,191 @@
+//! What clients of the control socket ask of a running VM.
+
+use std::time::{Duration, Instant};
+
+use anemone_ipc::vmm::ToVmm;
+
+use super::backend::Running;
+use super::{Phase, Session};
+use crate::control::protocol::{Process, Request, Response, Status};
+use crate::control::server::{ClientId, Waits};
+use crate::error::Error;
+use crate::registry;
+
+/// How long the VMM may take to tell what the guest makes of its devices; without it a status says
+/// what was known before.
+const USE_LIMIT: Duration = Duration::from_secs(1);
+
+impl Session<'_> {
+    /// Hears the clients and answers those who have waited for something.
+    pub(super) fn serve_clients(&mut self) -> Result<(), Error> {
+        let now = Instant::now();
+        let Some(control) = &mut self.control else {
+            return Ok(());
+        };
+        let requests = control.turn(now);
+        for (client, waits) in control.late(now) {
+            match waits {
+                Waits::Use => self.answer_status(client),
+                Waits::Restart(_) => self.answer_failed(client, "it has taken too long"),
+            }
+        }
+        for (client, request) in requests {
+            match request {
+                Request::Status if self.phase == Phase::Running => {
+                    let asked = self.vmm.channel.send(&ToVmm::Devices, &[]);
+                    let limit = asked.map_or(Duration::ZERO, |()| USE_LIMIT);
+                    self.client_waits(client, Waits::Use, Some(limit));
+                }
+                Request::Status => self.answer_status(client),
+                Request::RestartDevice { id } => match self.restart_device(&id)? {
+                    Ok(index) => self.client_waits(client, Waits::Restart(index), None),
+                    Err(why) => self.answer_failed(client, &why),
+                },
+                Request::PowerButton if self.phase == Phase::Running => {
+                    self.press_power_button();
+                    self.answer(client, &Response::Done);
+                }
+                Request::PowerButton => self.answer_failed(client, "the guest does not run"),
+            }
+        }
+        // Answers go out at once where they can.
+        if let Some(control) = &mut self.control {
+            control.flush();
+        }
+        Ok(())
+    }
+
+    fn client_waits(&mut self, client: ClientId, waits: Waits, limit: Option<Duration>) {
+        if let Some(control) = &mut self.control {
+            control.wait(client, waits, limit);
+        }
+    }
+
+    fn answer(&mut self, client: ClientId, response: &Response) {
+        if let Some(control) = &mut self.control {
+            control.answer(client, response);
+        }
+    }
+
+    fn answer_failed(&mut self, client: ClientId, message: &str) {
+        let message = message.to_owned();
+        self.answer(client, &Response::Failed { message });
+    }
+
+    fn answer_status(&mut self, client: ClientId) {
+        let status = Box::new(self.status());
+        self.answer(client, &Response::Status(status));
+    }
+
+    /// Answers everybody who waits for this.
+    pub(super) fn answer_waiting(&mut self, waits: Waits) {
+        let clients = self.control.as_ref().map(|c| c.waiting(waits));
+        for client in clients.unwrap_or_default() {
+            match waits {
+                Waits::Use => self.answer_status(client),
+                Waits::Restart(index) => {
+                    let pause = self.backends[index].pause.unwrap_or_default();
+                    let pause = milliseconds(pause);
+                    self.answer(client, &Response::Restarted { pause });
+                }
+            }
+        }
+    }
+
+    /// Begins to put a new process in the place of a device's; an inner error is why not.
+    fn restart_device(&mut self, id: &str) -> Result<Result<usize, String>, Error> {
+        let Some(index) = self.backends.iter().position(|backend| backend.id == id) else {
+            let ids: Vec<_> = self.backends.iter().map(|b| b.id.as_str()).collect();
+            let ids = ids.join(", ");
+            return Ok(Err(format!("there is no device `{id}`; there are: {ids}")));
+        };
+        if self.phase != Phase::Running {
+            return Ok(Err("the guest does not run".to_owned()));
+        }
+        let backend = &mut self.backends[index];
+        match &mut backend.service {
+            Running::Elsewhere(_) => Ok(Err(format!(
+                "the back end of `{id}` is no process of this VM; it is connected to again whenever \
+                 it is started again"
+            ))),
+            Running::Child(child) => {
+                child.end_as_planned(Instant::now());
+                Ok(Ok(index))
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let config = &self.host.vm.config;
+        let pid = std::process::id();
+        let process = |role: &str, pid| Process {
+            role: role.to_owned(),
+            device: None,
+            pid,
+            program: None,
+            socket: None,
+            state: "serving".to_owned(),
+            restarts: 0,
+            last_pause: None,
+            memory: "none".to_owned(),
+            untouched: None,
+        };
+        let supervisor = Process {
+            program: std::env::current_exe().ok(),
+            ..process("supervisor", Some(pid))
+        };
+        let vmm = Process {
+            program: Some(self.host.vmm_path.clone()),
+            memory: "shared".to_owned(),
+            ..process("vmm", Some(self.vmm.process.pid()))
+        };
+        let mut processes = vec![supervisor, vmm];
+        let kinds = self.host.vm.devices.iter().map(|device| &device.kind);
+        let roles = kinds.map(registry::name_of).chain(["serial"]);
+        for (backend, role) in self.backends.iter().zip(roles) {
+            let untouched = self.untouched.iter().find(|d| d.id == backend.id);
+            let mut device = Process {
+                device: Some(backend.id.clone()),
+                last_pause: backend.pause.map(milliseconds),
+                memory: if role == "serial" { "none" } else { "shared" }.to_owned(),
+                untouched: untouched.and_then(|device| device.untouched.clone()),
+                ..process(role, None)
+            };
+            if backend.lost_at.is_some() {
+                device.state = "lost".to_owned();
+            }
+            match &backend.service {
+                Running::Child(child) => {
+                    device.pid = child.process.as_ref().map(crate::spawn::Process::pid);
+                    device.program = Some(child.path().to_owned());
+                    device.restarts = child.restarts.count;
+                }
+                Running::Elsewhere(external) => {
+                    device.socket = Some(external.path().to_owned());
+                    device.restarts = external.reconnections;
+                }
+            }
+            processes.push(device);
+        }
+        Status {
+            name: match &config.name {
+                Some(name) => name.to_string(),
+                None => pid.to_string(),
+            },
+            pid,
+            phase: match self.phase {
+                Phase::Disconnected => "disconnected",
+                Phase::Starting { .. } => "starting",
+                Phase::Running => "running",
+                Phase::Stopping { .. } => "stopping",
+            }
+            .to_owned(),
+            accel: self.host.accel.name().to_owned(),
+            processes,
+        }
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
