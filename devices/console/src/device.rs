@@ -11,7 +11,7 @@ use virtio_queue::QueueT;
 use crate::endpoint::{ARRIVAL, Endpoint, INPUT, OUTPUT};
 use crate::escape::{Action, Escape, HELP};
 use crate::guest::{Ring, Stream};
-use crate::state::{READ_SIZE, State};
+use crate::state::{Lane, READ_SIZE, State};
 use crate::sys;
 
 /// The configuration has the size of the terminal.
@@ -260,8 +260,10 @@ impl Device for Console {
                     self.state = state;
                     self.state_kept = true;
                     self.endpoint.resume(&mut self.state);
-                    let uncounted = self.state.uncounted();
-                    self.take_input(&uncounted);
+                    let output = self.state.uncounted(Lane::Output);
+                    self.state.put_output(&output);
+                    let input = self.state.uncounted(Lane::Input);
+                    self.take_input(&input);
                 }
                 Err(why) => warn_limited!("what an earlier process has left is of no use: {why}"),
             },

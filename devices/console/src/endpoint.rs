@@ -10,7 +10,7 @@ use std::time::Duration;
 use anemone_device::{Timer, Watch};
 use anemone_log::warn_limited;
 
-use crate::state::{CAPACITY, State};
+use crate::state::{CAPACITY, Lane, State};
 use crate::sys;
 
 /// Token of the descriptor that can be read.
@@ -161,7 +161,7 @@ impl Endpoint {
             Kind::Unix {
                 client: Some(client),
                 ..
-            } => state.receive(client.as_fd(), buffer),
+            } => state.receive(Lane::Input, client.as_fd(), buffer),
             _ => return 0,
         };
         match result {

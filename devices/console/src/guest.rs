@@ -1,7 +1,8 @@
 //! The guest's side of the console: the two virtqueues of virtio-console, or a byte stream.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anemone_device::{RingError, Vring};
@@ -9,7 +10,7 @@ use anemone_log::warn_limited;
 use virtio_queue::{DescriptorChainRwIter, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::state::State;
+use crate::state::{Lane, State};
 
 /// Chains handled in one call, so that empty ones do not keep the main loop.
 const CHAINS_PER_CALL: usize = 32;
@@ -213,7 +214,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A non-blocking descriptor.
+    /// A non-blocking stream socket.
     pub fn new(file: File) -> Self {
         Self { file, open: true }
     }
@@ -230,7 +231,7 @@ impl Stream {
         if !self.open || room == 0 {
             return false;
         }
-        match self.file.read(&mut bytes[..room]) {
+        match state.receive(Lane::Output, self.file.as_fd(), &mut bytes[..room]) {
             Ok(n) if n > 0 => {
                 state.put_output(&bytes[..n]);
                 true

@@ -75,7 +75,7 @@ impl Program for Options {
   --unix-fd N           a listening socket
   --escape              Ctrl-A is the escape key: then x ends the VM, p presses the power
                         button, h shows this, Ctrl-A sends Ctrl-A
-  --stream-fd N         serve this byte stream instead of vhost-user
+  --stream-fd N         serve this stream socket instead of vhost-user
 ",
     };
 

@@ -15,14 +15,14 @@
 //! - Output leaves by sendfile, by which the kernel itself moves the file's position. The pages may
 //!   then be read by the peer for as long as it likes, so each is replaced before it is used again.
 //! - A file to which output is appended knows by its length what has arrived.
-//! - Input from a socket is looked at, and then received over its complement: memory tells whether it
+//! - What comes from a socket is looked at, and then received over its complement: memory tells whether it
 //!   was received.
 //! - Input reaches the guest with the used index of its ring, which is compared with what it was
 //!   to become.
 //!
-//! What remains: a key from a terminal or pipe that was read and not counted is lost, and a piece of
-//! output to a device that sendfile does not serve is repeated, if the process is killed in
-//! the very microsecond.
+//! What remains, if the process is killed in the very microsecond: a key from a terminal or pipe
+//! that was read and not counted is lost; output to a device that sendfile does not serve, and input
+//! to a UART, that was written and not counted is repeated.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -38,13 +38,23 @@ pub const READ_SIZE: usize = 256;
 const PAGE: usize = 4096;
 const LOG_SIZE: usize = 4 * PAGE;
 const RECORDS: usize = LOG_SIZE;
-const SEEN: usize = RECORDS + 1024;
-const RECEIVED: usize = RECORDS + 2048;
-const INPUT: usize = RECORDS + PAGE;
-const SIZE: usize = INPUT + CAPACITY;
+/// Bytes that are looked at and then received, for input and output.
+const SEEN: [usize; 2] = [RECORDS + 1024, RECORDS + 1024 + READ_SIZE];
+const RECEIVED: [usize; 2] = [RECORDS + 2048, RECORDS + 2048 + READ_SIZE];
+const RING: usize = RECORDS + PAGE;
+const SIZE: usize = RING + CAPACITY;
 
 /// Words of a record.
 const WORDS: usize = 8;
+
+/// What is received from a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// The guest's input, from the endpoint.
+    Input,
+    /// The guest's output, from the stream of a UART.
+    Output,
+}
 
 /// Positions count from the start of the console; in the rings they are taken modulo their size.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -58,8 +68,8 @@ struct Record {
     given: u64,
     /// What `given` becomes when the used index of the receive queue becomes `used`.
     giving: Option<(u64, u16)>,
-    /// Bytes that are looked at and about to be received.
-    seen: u16,
+    /// Bytes of each lane that are looked at and about to be received.
+    seen: [u16; 2],
     /// The last key was the escape key.
     escaped: bool,
     /// While output is appended to a file: how long it was, and the output's start.
@@ -74,7 +84,8 @@ impl Record {
             | u64::from(self.escaped) << 1
             | u64::from(self.appending.is_some()) << 2
             | u64::from(used) << 16
-            | u64::from(self.seen) << 32;
+            | u64::from(self.seen[0]) << 32
+            | u64::from(self.seen[1]) << 48;
         [
             self.output,
             self.chain,
@@ -96,7 +107,7 @@ impl Record {
             input,
             given,
             giving: (flags & 1 != 0).then_some((giving, (flags >> 16) as u16)),
-            seen: (flags >> 32) as u16,
+            seen: [(flags >> 32) as u16, (flags >> 48) as u16],
             escaped: flags & 2 != 0,
             appending: (flags & 4 != 0).then_some((length, start)),
         };
@@ -111,7 +122,10 @@ impl Record {
             && record
                 .appending
                 .is_none_or(|(_, start)| fits(start, output))
-            && usize::from(record.seen) <= READ_SIZE;
+            && record
+                .seen
+                .iter()
+                .all(|&seen| usize::from(seen) <= READ_SIZE);
         valid.then_some(record)
     }
 }
@@ -202,7 +216,7 @@ impl State {
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
-        assert!(index < SEEN - RECORDS);
+        assert!(8 * index < SEEN[0] - RECORDS);
         // SAFETY: in the mapping, which lives as long as `self`; aligned, as the mapping is by pages;
         // only accessed through atomics.
         unsafe { AtomicU64::from_ptr(self.memory.as_ptr().add(RECORDS + 8 * index).cast()) }
@@ -272,6 +286,7 @@ impl State {
             bytes = later;
         }
         self.record.output = end;
+        self.record.seen[Lane::Output as usize] = 0;
         self.commit();
     }
 
@@ -391,11 +406,11 @@ impl State {
         let bytes = &bytes[..bytes.len().min(self.input_room())];
         let at = (self.record.input % CAPACITY as u64) as usize;
         let (first, rest) = bytes.split_at(bytes.len().min(CAPACITY - at));
-        self.store(INPUT + at, first);
-        self.store(INPUT, rest);
+        self.store(RING + at, first);
+        self.store(RING, rest);
         self.record.input += bytes.len() as u64;
         self.record.escaped = escaped;
-        self.record.seen = 0;
+        self.record.seen[Lane::Input as usize] = 0;
         self.commit();
     }
 
@@ -404,8 +419,8 @@ impl State {
         let length = bytes.len().min(self.input_len().saturating_sub(skip));
         let at = ((self.record.given + skip as u64) % CAPACITY as u64) as usize;
         let (first, rest) = bytes[..length].split_at_mut(length.min(CAPACITY - at));
-        self.load(INPUT + at, first);
-        self.load(INPUT, rest);
+        self.load(RING + at, first);
+        self.load(RING, rest);
         length
     }
 
@@ -442,21 +457,28 @@ impl State {
         }
     }
 
-    /// Receives up to `bytes.len()` bytes from a stream socket, none if the process is killed before
-    /// they are counted by [`put_input`](Self::put_input).
-    pub fn receive(&mut self, socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+    /// Receives up to `bytes.len()` bytes from a stream socket. If the process is killed before they
+    /// are counted by [`put_input`](Self::put_input) or [`put_output`](Self::put_output), they are
+    /// [`uncounted`](Self::uncounted) or come from the socket again.
+    pub fn receive(
+        &mut self,
+        lane: Lane,
+        socket: BorrowedFd<'_>,
+        bytes: &mut [u8],
+    ) -> io::Result<usize> {
+        let (seen_at, received_at) = (SEEN[lane as usize], RECEIVED[lane as usize]);
         let limit = bytes.len().min(READ_SIZE);
-        let seen = self.recv(socket, SEEN, limit, libc::MSG_PEEK)?;
+        let seen = self.recv(socket, seen_at, limit, libc::MSG_PEEK)?;
         if seen == 0 {
             return Ok(0);
         }
         let bytes = &mut bytes[..seen];
-        self.load(SEEN, bytes);
+        self.load(seen_at, bytes);
         let complement: Vec<u8> = bytes.iter().map(|byte| !byte).collect();
-        self.store(RECEIVED, &complement);
-        self.record.seen = seen as u16;
+        self.store(received_at, &complement);
+        self.record.seen[lane as usize] = seen as u16;
         self.commit();
-        self.recv(socket, RECEIVED, seen, 0)
+        self.recv(socket, received_at, seen, 0)
     }
 
     fn recv(
@@ -466,8 +488,8 @@ impl State {
         length: usize,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        // SAFETY: READ_SIZE bytes from SEEN and from RECEIVED on are in the mapping, to which no
-        // reference exists.
+        // SAFETY: READ_SIZE bytes from each place in SEEN and RECEIVED on are in the mapping, to
+        // which no reference exists.
         let n = unsafe {
             let to = self.memory.as_ptr().add(at).cast();
             libc::recv(socket.as_raw_fd(), to, length, flags | libc::MSG_DONTWAIT)
@@ -476,15 +498,13 @@ impl State {
     }
 
     /// Bytes that an earlier process has received and not counted; to be counted now.
-    pub fn uncounted(&self) -> Vec<u8> {
-        let length = usize::from(self.record.seen);
+    pub fn uncounted(&self, lane: Lane) -> Vec<u8> {
+        let length = usize::from(self.record.seen[lane as usize]);
         let (mut seen, mut received) = (vec![0; length], vec![0; length]);
-        self.load(SEEN, &mut seen);
-        self.load(RECEIVED, &mut received);
-        match seen == received {
-            true => seen,
-            false => Vec::new(),
-        }
+        self.load(SEEN[lane as usize], &mut seen);
+        self.load(RECEIVED[lane as usize], &mut received);
+        let count = seen.iter().zip(&received).take_while(|(a, b)| a == b);
+        seen[..count.count()].to_vec()
     }
 }
 
@@ -605,18 +625,28 @@ mod tests {
         theirs.write_all(b"typed").unwrap();
         let mut bytes = [0; READ_SIZE];
         // Killed after it was looked at, but not received: it comes from the socket again.
-        assert_eq!(state.receive(ours.as_fd(), &mut bytes).unwrap(), 5);
-        state.store(RECEIVED, &[!b't', 0, 0, 0, 0]);
+        assert_eq!(
+            state
+                .receive(Lane::Input, ours.as_fd(), &mut bytes)
+                .unwrap(),
+            5
+        );
+        state.store(RECEIVED[0], &b"typed".map(|byte| !byte));
         let mut state = again(&state).unwrap();
-        assert!(state.uncounted().is_empty());
+        assert!(state.uncounted(Lane::Input).is_empty());
         // Killed after it was received, before it was counted.
         theirs.write_all(b"again").unwrap();
-        assert_eq!(state.receive(ours.as_fd(), &mut bytes).unwrap(), 5);
+        assert_eq!(
+            state
+                .receive(Lane::Input, ours.as_fd(), &mut bytes)
+                .unwrap(),
+            5
+        );
         let mut state = again(&state).unwrap();
-        assert_eq!(state.uncounted(), b"again");
+        assert_eq!(state.uncounted(Lane::Input), b"again");
         state.put_input(b"again", true);
         let mut state = again(&state).unwrap();
-        assert!(state.uncounted().is_empty() && state.escaped());
+        assert!(state.uncounted(Lane::Input).is_empty() && state.escaped());
         // Killed before and after the used index moved.
         state.give(3, 8);
         let mut state = again(&state).unwrap();

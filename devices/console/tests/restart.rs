@@ -190,6 +190,70 @@ fn every_byte_is_appended_to_the_file_once() {
     kills.report("anemone-console, file");
 }
 
+/// The same for the byte stream of a UART, as far as its output goes.
+#[test]
+fn every_byte_of_a_uart_arrives_once() {
+    use anemone_ipc::device::FromDevice;
+    use std::collections::BTreeMap;
+    use std::os::fd::OwnedFd;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("serial");
+    let listener: OwnedFd = UnixListener::bind(&path).unwrap().into();
+    let mut client = Client {
+        socket: UnixStream::connect(&path).unwrap(),
+        said: 0,
+        heard: 0,
+    };
+    client.socket.set_nonblocking(true).unwrap();
+    let (mut uart, theirs) = UnixStream::pair().unwrap();
+    uart.set_nonblocking(true).unwrap();
+    let theirs: OwnedFd = theirs.into();
+    let mut random = Random::seeded();
+    let mut kept = BTreeMap::new();
+    let mut said = 0;
+    // The client has been accepted when the UART hears it.
+    client.socket.write_all(b"!").unwrap();
+    let mut accepted = false;
+    for _ in 0..100 {
+        let fds = vec![theirs.try_clone().unwrap(), listener.try_clone().unwrap()];
+        let args = ["--stream-fd", "5", "--unix-fd", "6"];
+        let mut process = Supervised::start_again(BINARY, &args, fds, &kept).unwrap();
+        let end = Instant::now() + Duration::from_micros(3000 + random.below(6000));
+        while Instant::now() < end || client.heard == 0 {
+            accepted |= uart.read(&mut [0; 8]).is_ok();
+            if !accepted {
+                continue;
+            }
+            if let Ok(n) = uart.write(&stream(said, 1 + random.below(900))) {
+                said += n as u64;
+            }
+            client.talk(&mut random, false);
+        }
+        process.child().kill().unwrap();
+        process.wait().unwrap();
+        while let Ok(mut received) = process.control.recv::<FromDevice>() {
+            match received.message {
+                FromDevice::Keep { key, fd } => drop(kept.insert(key, received.take(fd).unwrap())),
+                FromDevice::Forget { key } => drop(kept.remove(&key)),
+                _ => {}
+            }
+        }
+    }
+    let fds = vec![theirs, listener];
+    let args = ["--stream-fd", "5", "--unix-fd", "6"];
+    let _process = Supervised::start_again(BINARY, &args, fds, &kept).unwrap();
+    let deadline = Instant::now() + LONG;
+    while client.heard < said {
+        client.talk(&mut random, false);
+        assert!(
+            Instant::now() < deadline,
+            "{} of {said} bytes",
+            client.heard
+        );
+    }
+    println!("{said} bytes");
+}
+
 /// What an earlier process left is nonsense: the console begins anew.
 #[test]
 fn nonsense_that_was_kept_ends_nothing() {

@@ -16,8 +16,8 @@ use crate::FdIndex;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ToDevice {
-    /// What an earlier process has had the supervisor keep, before any connection; in several
-    /// messages if there is much. The descriptor of each key has the key's position.
+    /// What an earlier process has had the supervisor keep, before any connection (where there is
+    /// none, before the process is started); in several messages if there is much. The descriptor of each key has the key's position.
     Kept {
         /// The keys, none twice.
         keys: Vec<u64>,

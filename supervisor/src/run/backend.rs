@@ -359,8 +359,17 @@ impl Child {
         self.part.pass(&mut program);
         self.due = None;
         self.ready = false;
+        // Who has no connection to wait for begins at once: what was kept has to be there already.
+        // To the others it goes while they take it, there may be much.
+        let early = self.is_stream();
+        let mut given = Ok(());
+        if early {
+            given = self.kept.give(&channel);
+        }
         self.process = Some(program.start()?);
-        let given = self.kept.give(&channel);
+        if !early {
+            given = self.kept.give(&channel);
+        }
         self.channel = Some(channel);
         unless_closed(given)
     }

@@ -1,5 +1,6 @@
 //! Back ends as processes.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anemone_ipc::device::FromDevice;
+use anemone_ipc::device::{FromDevice, ToDevice};
 use anemone_ipc::{CONTROL_FD, Channel};
 use tempfile::TempDir;
 
@@ -139,7 +140,8 @@ impl Supervised {
     pub fn start(binary: impl AsRef<OsStr>, args: &[&str], fds: Vec<OwnedFd>) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let args = [args, &["--fd", "4"]].concat();
-        let mut supervised = Self::spawn(binary, &args, Some(theirs.into()), fds)?;
+        let nothing = BTreeMap::new();
+        let mut supervised = Self::spawn(binary, &args, Some(theirs.into()), fds, &nothing)?;
         supervised.connection = Some(ours);
         Ok(supervised)
     }
@@ -154,7 +156,21 @@ impl Supervised {
         args: &[&str],
         fds: Vec<OwnedFd>,
     ) -> Result<Self> {
-        Self::spawn(binary, args, None, fds)
+        Self::spawn(binary, args, None, fds, &BTreeMap::new())
+    }
+
+    /// Like [`start_stream`](Self::start_stream), in place of an earlier process that has had this
+    /// kept. A process that serves vhost-user wants to be [connected](Self::connect) then.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_again(
+        binary: impl AsRef<OsStr>,
+        args: &[&str],
+        fds: Vec<OwnedFd>,
+        kept: &BTreeMap<u64, OwnedFd>,
+    ) -> Result<Self> {
+        Self::spawn(binary, args, None, fds, kept)
     }
 
     fn spawn(
@@ -162,8 +178,14 @@ impl Supervised {
         args: &[&str],
         connection: Option<OwnedFd>,
         fds: Vec<OwnedFd>,
+        kept: &BTreeMap<u64, OwnedFd>,
     ) -> Result<Self> {
         let (control, theirs) = anemone_ipc::pair()?;
+        if !kept.is_empty() {
+            let keys = kept.keys().copied().collect();
+            let fds: Vec<_> = kept.values().map(AsFd::as_fd).collect();
+            control.send(&ToDevice::Kept { keys }, &fds)?;
+        }
         let fourth = match connection {
             Some(fd) => fd,
             None => std::fs::File::open("/dev/null")?.into(),
@@ -232,7 +254,7 @@ impl Supervised {
     /// The control channel fails.
     pub fn connect(&self) -> Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        let message = anemone_ipc::device::ToDevice::Connect {
+        let message = ToDevice::Connect {
             socket: anemone_ipc::FdIndex(0),
         };
         self.control.send(&message, &[theirs.as_fd()])?;
