@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anemone_config::{AccelType, Backend, Config, Kind, Vm};
+use anemone_config::{AccelType, Backend, Config, Device, Exposure, Kind, Vm};
 use anemone_ipc::vmm::{FromVmm, Summary};
 use log::LevelFilter;
 use serde::Serialize;
@@ -84,6 +84,7 @@ pub fn check(
         if let Some(machine) = &machine {
             text.push_str(&comments(machine));
         }
+        text.push_str(&exposures(&vm.devices));
         text
     };
     print!("{text}");
@@ -205,6 +206,23 @@ fn comments(machine: &Summary) -> String {
     text
 }
 
+/// What each back end sees of guest memory.
+fn exposures(devices: &[Device]) -> String {
+    let mut text = "#\n# Guest memory that the back ends see\n".to_owned();
+    for device in devices {
+        let what = match device.memory {
+            Exposure::Shared => "all of it (shared)".to_owned(),
+            Exposure::Bounce => format!(
+                "none (bounce): requests are copied through a region of {} KiB",
+                device.bounce_region() >> 10
+            ),
+        };
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "#   {:<10} {what}", device.id.as_str());
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,5 +250,22 @@ mod tests {
         );
         assert!(text.contains("0x0600 to 0x0602  power"), "{text}");
         assert!(text.contains("slot  8  1af4:1042  disk0"), "{text}");
+    }
+
+    #[test]
+    fn exposure_of_each_device_is_shown() {
+        let config = "kernel = \"k\"\ndisk = [\"a.img\"]";
+        let config = Config::from_toml(config, Path::new("test")).unwrap();
+        let text = exposures(&config.resolve().unwrap().devices);
+        assert!(
+            text.contains(
+                "#   console    none (bounce): requests are copied through a region of 2064 KiB\n"
+            ),
+            "{text}"
+        );
+        assert!(
+            text.contains("#   disk0      all of it (shared)\n"),
+            "{text}"
+        );
     }
 }

@@ -51,6 +51,9 @@ struct Part {
     path: Option<String>,
     /// Whether a VM has it by default.
     default: bool,
+    /// What the process of a device sees of guest memory by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<String>,
 }
 
 /// Prints the content of the build.
@@ -65,11 +68,16 @@ pub fn print(json: bool) -> Result<(), Error> {
             .ok()
             .map(|path| path.display().to_string()),
         default: entry.default,
+        memory: None,
+    };
+    let device = |entry: &Entry| Part {
+        memory: Some(registry::exposure_of(entry.name).to_string()),
+        ..part(entry)
     };
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
         accelerators: registry::ACCELERATORS.iter().map(part).collect(),
-        devices: registry::DEVICES.iter().map(part).collect(),
+        devices: registry::DEVICES.iter().map(device).collect(),
         machine_parts: registry::MACHINE.iter().map(part).collect(),
         machines: Machine::WORDS
             .iter()
@@ -107,7 +115,11 @@ impl Report {
             for part in parts {
                 let mark = if part.default { '*' } else { ' ' };
                 let (name, summary) = (part.name, part.summary);
-                text += &format!("  {mark} {name:<13}{summary}\n");
+                text += &format!("  {mark} {name:<13}{summary}");
+                if let Some(memory) = &part.memory {
+                    text += &format!("; memory={memory}");
+                }
+                text += "\n";
                 if part.path.is_none() {
                     text += &format!("                 {} is not installed\n", part.program);
                 }

@@ -1,6 +1,6 @@
 //! What this build contains. The only file with conditional compilation.
 
-use anemone_config::{Kind, Vm};
+use anemone_config::{Exposure, Kind, Vm};
 use thiserror::Error;
 
 /// An accelerator or a device of this build.
@@ -166,6 +166,14 @@ pub fn name_of(kind: &Kind) -> &'static str {
     }
 }
 
+/// What the back end of that name sees of guest memory by default.
+pub fn exposure_of(name: &str) -> Exposure {
+    match name {
+        "console" | "rng" => Exposure::Bounce,
+        _ => Exposure::Shared,
+    }
+}
+
 /// The names of a list, for messages.
 pub fn names(list: &[Entry]) -> String {
     if list.is_empty() {
@@ -180,6 +188,26 @@ pub fn names(list: &[Entry]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn exposure_is_that_of_the_configuration() {
+        for kind in [
+            Kind::Disk {
+                path: None,
+                readonly: false,
+                serial: None,
+            },
+            Kind::Console { sink: None },
+            Kind::Rng { rate: None },
+            Kind::Pmem {
+                path: "".into(),
+                size: None,
+                readonly: false,
+            },
+        ] {
+            assert_eq!(exposure_of(name_of(&kind)), kind.default_exposure());
+        }
+    }
 
     #[test]
     fn absent_entries_are_named_with_what_there_is() {

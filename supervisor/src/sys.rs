@@ -42,7 +42,12 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
 
 /// Memory of `size` bytes that can neither grow nor shrink, for a guest.
 pub fn guest_memory(size: u64) -> io::Result<OwnedFd> {
-    let fd = memfd("guest-memory", libc::MFD_ALLOW_SEALING)?;
+    sealed_memory("guest-memory", size)
+}
+
+/// An anonymous file of `size` bytes that can neither grow nor shrink.
+pub fn sealed_memory(name: &str, size: u64) -> io::Result<OwnedFd> {
+    let fd = memfd(name, libc::MFD_ALLOW_SEALING)?;
     let size = libc::off_t::try_from(size).map_err(io::Error::other)?;
     // SAFETY: plain system calls on a descriptor of this function.
     unsafe {

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use anemone_config::{Kind, Vm};
+use anemone_config::{Exposure, Kind, Vm};
 use anemone_ipc::FdIndex;
-use anemone_ipc::vmm::{Accel, Device, Pmem, VmConfig};
+use anemone_ipc::vmm::{Accel, Bounce, Device, Pmem, VmConfig};
 
 use crate::accel::Opened;
 use crate::error::{Error, system};
@@ -114,10 +114,25 @@ impl<'a> FdList<'a> {
 }
 
 impl Wiring<'_> {
+    /// Makes a region for each device that has a back end which must not see guest memory.
+    fn regions(&self) -> Result<Vec<Option<OwnedFd>>, Error> {
+        let make = |device: &anemone_config::Device| {
+            let size = device.bounce_region();
+            let needed = self.sockets.is_some() && size > 0;
+            needed
+                .then(|| sys::sealed_memory("bounce", size))
+                .transpose()
+        };
+        let regions = self.vm.devices.iter().map(make);
+        let regions: std::io::Result<_> = regions.collect();
+        regions.map_err(system("bounce region"))
+    }
+
     /// Makes new guest memory and tells a VMM everything.
     pub fn send(&self, channel: &anemone_ipc::Channel) -> Result<(), Error> {
         let memory = self.vm.config.memory.size.bytes();
         let memory_fd = sys::guest_memory(memory).map_err(system("guest memory"))?;
+        let regions = self.regions()?;
         let mut fds = FdList::default();
         let accel = match self.accel {
             Some(Opened::Kvm(device)) => Accel::Kvm {
@@ -148,6 +163,10 @@ impl Wiring<'_> {
                     file: fds.add(&pmem.file),
                     size: pmem.size,
                     read_only: pmem.readonly,
+                }),
+                bounce: (device.memory == Exposure::Bounce).then(|| Bounce {
+                    fd: regions[index].as_ref().map(|region| fds.add(region)),
+                    size: device.bounce_region(),
                 }),
             });
         let devices = devices.collect();

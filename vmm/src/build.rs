@@ -11,7 +11,7 @@ use anemone_ipc::vmm::{Device, Summary, ToVmm, VmConfig};
 use anemone_ipc::{Received, VERSION};
 use anemone_sandbox::Mode;
 use anemone_virt::{Board, map};
-use anemone_virtio::{Connected, Layout, VirtioPci, WorkQueue};
+use anemone_virtio::{Bounce, Connected, Layout, VirtioPci, WorkQueue};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::device::{Running, Starting};
@@ -94,7 +94,9 @@ pub fn build(
                 config_size,
                 ..device.clone()
             };
-            Starting::begin(&device, socket, shared.clone(), happenings.clone(), mode).map(Some)
+            let bounce = bounce(&device, received, &ram)?;
+            let (shared, happenings) = (shared.clone(), happenings.clone());
+            Starting::begin(&device, socket, shared, bounce, happenings, mode).map(Some)
         })
         .collect::<Result<Vec<_>, Error>>()?;
 
@@ -212,6 +214,34 @@ pub fn build(
 
 fn new_work() -> Result<Arc<WorkQueue>, Error> {
     Ok(Arc::new(WorkQueue::new().map_err(Error::os("eventfd"))?))
+}
+
+/// What stands between guest memory and a back end that must not see it.
+fn bounce(
+    device: &Device,
+    received: &mut Received<ToVmm>,
+    ram: &GuestMemoryMmap,
+) -> Result<Option<Bounce>, Error> {
+    let Some((fd, size)) = device.bounce.as_ref().and_then(|b| Some((b.fd?, b.size))) else {
+        return Ok(None);
+    };
+    let region = received.take(fd)?;
+    let length = File::from(
+        region
+            .try_clone()
+            .map_err(Error::os("dup of a bounce region"))?,
+    )
+    .metadata()
+    .map_err(Error::os("fstat of a bounce region"))?
+    .len();
+    if length < size {
+        return Err(Error::Protocol(
+            "a bounce region is shorter than configured",
+        ));
+    }
+    Bounce::new(device.device_type, device.queues, region, size, ram.clone())
+        .map(Some)
+        .map_err(|e| Error::Config(format!("device `{}`: {e}", device.id)))
 }
 
 /// What a device offers when nobody serves it, for a check.

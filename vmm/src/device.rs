@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anemone_ipc::vmm::{Device, Event};
 use anemone_sandbox::Mode;
-use anemone_virtio::{Connected, FrontEnd, GuestRam, Limits, Notice, VirtioPci, WorkQueue};
+use anemone_virtio::{Bounce, Connected, FrontEnd, GuestRam, Limits, Notice, VirtioPci, WorkQueue};
 
 use crate::error::Error;
 use crate::jail;
@@ -33,6 +33,7 @@ impl Starting {
         config: &Device,
         socket: UnixStream,
         ram: Arc<GuestRam>,
+        bounce: Option<Bounce>,
         happenings: Arc<Happenings>,
         mode: Mode,
     ) -> Result<Self, Error> {
@@ -50,7 +51,7 @@ impl Starting {
             move || {
                 let connect = || {
                     jail::restrict_device(mode)?;
-                    FrontEnd::connect(socket, limits).map_err(|source| Error::Device {
+                    FrontEnd::connect(socket, limits, bounce).map_err(|source| Error::Device {
                         id: id.clone(),
                         source,
                     })

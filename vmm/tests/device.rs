@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anemone_driver::Process;
 use anemone_ipc::FdIndex;
-use anemone_ipc::vmm::{Device, Event, FromVmm, ToVmm};
-use common::{ECAM, MORE_FDS, Vmm};
+use anemone_ipc::vmm::{Bounce, Device, Event, FromVmm, ToVmm};
+use common::{ECAM, MORE_FDS, Vmm, sealed};
 
 const SLOT: u64 = 2;
 const BAR: u64 = 0xC020_0000;
@@ -48,13 +48,23 @@ fn rng(socket: u16) -> Device {
         config_size: 0,
         socket: Some(FdIndex(socket)),
         pmem: None,
+        bounce: None,
     }
 }
 
-/// A machine whose one device is served over `socket`.
-fn machine(socket: &UnixStream) -> (Vmm, FromVmm) {
-    Vmm::configure_with(&[socket.as_fd()], |config| {
-        config.devices.push(rng(MORE_FDS))
+/// A machine whose one device is served over `socket`, its memory shared or not.
+fn machine(socket: &UnixStream, bounce: bool) -> (Vmm, FromVmm) {
+    const REGION: u64 = 264 << 10;
+    let region = sealed(REGION);
+    let fds = [socket.as_fd(), region.as_fd()];
+    Vmm::configure_with(&fds[..1 + usize::from(bounce)], |config| {
+        config.devices.push(Device {
+            bounce: bounce.then_some(Bounce {
+                fd: Some(FdIndex(MORE_FDS + 1)),
+                size: REGION,
+            }),
+            ..rng(MORE_FDS)
+        })
     })
 }
 
@@ -70,10 +80,10 @@ fn connect(process: &Process) -> UnixStream {
 }
 
 /// A running machine and its entropy source.
-fn running() -> (Vmm, Process) {
+fn running(bounce: bool) -> (Vmm, Process) {
     let process = Process::start(program("anemone-rng"), &[]).unwrap();
     let socket = connect(&process);
-    let (mut vmm, answer) = machine(&socket);
+    let (mut vmm, answer) = machine(&socket, bounce);
     assert!(matches!(answer, FromVmm::Ready(_)), "{answer:?}");
     vmm.channel.send(&ToVmm::Start, &[]).unwrap();
     vmm.ask(&format!("write {:#x} 2 6", CONFIG + 4));
@@ -154,9 +164,36 @@ fn interrupted(vmm: &mut Vmm) -> bool {
     !answer.is_empty()
 }
 
-#[test]
-fn entropy_arrives_with_its_interrupt() {
-    let (mut vmm, _process) = running();
+/// Each of these once with a back end that sees guest memory, once with one that does not.
+macro_rules! both {
+    ($($name:ident),*) => {
+        mod shared {
+            $(#[test]
+            fn $name() {
+                super::$name(false);
+            })*
+        }
+        mod bounced {
+            $(#[test]
+            fn $name() {
+                super::$name(true);
+            })*
+        }
+    };
+}
+
+both!(
+    entropy_arrives_with_its_interrupt,
+    interrupt_while_masked_is_pending_and_then_delivered,
+    device_is_reset_and_used_again,
+    ring_that_is_not_memory_fails_the_device_and_not_the_machine,
+    killed_back_ends_are_replaced_and_no_request_is_lost,
+    driver_resets_and_starts_a_device_whose_back_end_is_gone,
+    use_of_a_device_is_told
+);
+
+fn entropy_arrives_with_its_interrupt(bounce: bool) {
+    let (mut vmm, _process) = running(bounce);
     enable_msix(&mut vmm, false);
     set_up(&mut vmm);
     request(&mut vmm, 1);
@@ -174,9 +211,8 @@ fn entropy_arrives_with_its_interrupt() {
     assert_ne!(vmm.ask(&format!("load {BUFFER:#x} 64")), first);
 }
 
-#[test]
-fn interrupt_while_masked_is_pending_and_then_delivered() {
-    let (mut vmm, _process) = running();
+fn interrupt_while_masked_is_pending_and_then_delivered(bounce: bool) {
+    let (mut vmm, _process) = running(bounce);
     enable_msix(&mut vmm, true);
     set_up(&mut vmm);
     request(&mut vmm, 1);
@@ -189,9 +225,8 @@ fn interrupt_while_masked_is_pending_and_then_delivered() {
     wait("the interrupt", || interrupted(&mut vmm));
 }
 
-#[test]
-fn device_is_reset_and_used_again() {
-    let (mut vmm, _process) = running();
+fn device_is_reset_and_used_again(bounce: bool) {
+    let (mut vmm, _process) = running(bounce);
     for _ in 0..20 {
         set_up(&mut vmm);
         request(&mut vmm, 1);
@@ -206,9 +241,8 @@ fn device_is_reset_and_used_again() {
     }
 }
 
-#[test]
-fn ring_that_is_not_memory_fails_the_device_and_not_the_machine() {
-    let (mut vmm, _process) = running();
+fn ring_that_is_not_memory_fails_the_device_and_not_the_machine(bounce: bool) {
+    let (mut vmm, _process) = running(bounce);
     set_up(&mut vmm);
     vmm.ask(&format!("write {:#x} 1 0", BAR + 20));
     wait("the reset", || {
@@ -261,9 +295,8 @@ fn expect_back(vmm: &Vmm, connection: u32) {
     assert_eq!(vmm.event(), Event::BackendBack { id, connection });
 }
 
-#[test]
-fn killed_back_ends_are_replaced_and_no_request_is_lost() {
-    let (mut vmm, mut process) = running();
+fn killed_back_ends_are_replaced_and_no_request_is_lost(bounce: bool) {
+    let (mut vmm, mut process) = running(bounce);
     enable_msix(&mut vmm, false);
     set_up(&mut vmm);
     request(&mut vmm, 1);
@@ -286,9 +319,8 @@ fn killed_back_ends_are_replaced_and_no_request_is_lost() {
     }
 }
 
-#[test]
-fn driver_resets_and_starts_a_device_whose_back_end_is_gone() {
-    let (mut vmm, process) = running();
+fn driver_resets_and_starts_a_device_whose_back_end_is_gone(bounce: bool) {
+    let (mut vmm, process) = running(bounce);
     set_up(&mut vmm);
     drop(process);
     expect_lost(&vmm, 0);
@@ -311,8 +343,7 @@ fn driver_resets_and_starts_a_device_whose_back_end_is_gone() {
     expect_back(&vmm, 2);
 }
 
-#[test]
-fn use_of_a_device_is_told() {
+fn use_of_a_device_is_told(bounce: bool) {
     let untouched = |vmm: &Vmm| {
         vmm.channel.send(&ToVmm::Devices, &[]).unwrap();
         match vmm.channel.recv().unwrap().message {
@@ -323,7 +354,7 @@ fn use_of_a_device_is_told() {
             other => panic!("{other:?}"),
         }
     };
-    let (mut vmm, _process) = running();
+    let (mut vmm, _process) = running(bounce);
     assert!(untouched(&vmm).contains("no driver"));
     vmm.ask(&format!("write {:#x} 1 3", BAR + 20));
     assert!(untouched(&vmm).contains("never said that it was ready"));
@@ -344,7 +375,7 @@ fn back_ends_that_do_not_speak_vhost_user_are_refused() {
     let refusal = |back_end: fn(UnixStream)| {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let player = thread::spawn(move || back_end(ours));
-        let (mut vmm, answer) = machine(&theirs);
+        let (mut vmm, answer) = machine(&theirs, false);
         drop(theirs);
         let FromVmm::Refused { message } = answer else {
             panic!("{answer:?}")

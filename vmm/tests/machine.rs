@@ -149,6 +149,7 @@ fn nonsense_from_the_guest_harms_nothing() {
             config_size: 60,
             socket: None,
             pmem: None,
+            bounce: None,
         });
     });
     assert!(matches!(answer, FromVmm::Ready(_)), "{answer:?}");

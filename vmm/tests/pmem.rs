@@ -24,6 +24,7 @@ fn device(slot: u8, file: u16, size: u64, read_only: bool) -> Device {
         queues: 1,
         config_size: 0,
         socket: None,
+        bounce: None,
         pmem: Some(Pmem {
             file: FdIndex(MORE_FDS + file),
             size,

@@ -3,23 +3,37 @@
 //!
 //! ```text
 //! blk-bench --socket PATH [--depth N] [--seconds S] [--pid PID] [--block BYTES]
-//!           [--rw randread|randwrite] [--inflight on|off]
+//!           [--rw randread|randwrite] [--inflight on|off] [--memory shared|bounce]
 //! {"iops": …, "requests": …, "seconds": …, "cpu_seconds": …, "iops_per_cpu_second": …}
 //! ```
 //!
 //! One thread plays guest and VMM: it kicks only when the server asks for it, and waits for an
-//! interrupt only when it has nothing else to do. The CPU time is that of the server with process
-//! number PID, all its threads included. `--inflight off` keeps it from tracking what is in flight.
+//! interrupt only when it has nothing else to do. With `--memory bounce` another thread copies, by
+//! the code of the VMM, and the server sees a region in place of guest memory. The CPU time is that
+//! of the server with process number PID, all its threads included, and of the copying thread.
+//! `--inflight off` keeps the server from tracking what is in flight.
 
 use std::error::Error;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use anemone_accel_api::EventFd;
 use anemone_driver::blk::{Requests, request, status};
-use anemone_driver::{Device, Options};
+use anemone_driver::{Device, Memory, Options, Queue, features};
+use anemone_vhost_user::{MemoryRegion, VringAddr};
+use anemone_virtio::{Bounce, Start, StartQueue};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// The largest queue that every server takes.
 const QUEUE_SIZE: u16 = 128;
+/// The bounce region of a disk with one queue.
+const REGION: u64 = (16 << 20) + (8 << 10);
+/// virtio device type of a disk.
+const DISK: u16 = 2;
 
 struct Load {
     socket: String,
@@ -29,6 +43,7 @@ struct Load {
     block: u32,
     kind: u32,
     inflight: bool,
+    bounce: bool,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -36,10 +51,25 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = Options {
         memory: (4 << 20) + 2 * load.depth as u64 * u64::from(load.block),
         queue_size: QUEUE_SIZE,
-        inflight: load.inflight,
+        inflight: load.inflight && !load.bounce,
+        queues: u16::from(!load.bounce),
         ..Options::default()
     };
     let mut device = Device::connect(UnixStream::connect(&load.socket)?, &options)?;
+    let copying = if load.bounce {
+        Some(start_bounced(&mut device, load.inflight)?)
+    } else {
+        None
+    };
+    let cpu = || -> Result<f64, Box<dyn Error>> {
+        let server = load
+            .pid
+            .map_or(Ok(0.0), |pid| cpu_seconds(&format!("/proc/{pid}/stat")))?;
+        let thread = copying
+            .as_ref()
+            .map(|c| format!("/proc/self/task/{}/stat", c.tid));
+        Ok(server + thread.map_or(Ok(0.0), |path| cpu_seconds(&path))?)
+    };
     let capacity = u64::from_le_bytes(device.frontend.config(0, 8)?.as_slice().try_into()?);
     let mut random = Random(0x1234_5678_9abc_def1);
     let blocks = capacity / u64::from(load.block / 512);
@@ -55,11 +85,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     // A tenth of the time warms up.
     bench.run(load.seconds / 10.0)?;
-    let cpu_before = cpu_seconds(load.pid)?;
+    let cpu_before = cpu()?;
     let start = Instant::now();
     let requests = bench.run(load.seconds)?;
     let seconds = start.elapsed().as_secs_f64();
-    let cpu = cpu_seconds(load.pid)? - cpu_before;
+    let cpu = cpu()? - cpu_before;
     println!(
         "{{\"iops\": {:.0}, \"requests\": {requests}, \"seconds\": {seconds:.3}, \
          \"cpu_seconds\": {cpu:.2}, \"iops_per_cpu_second\": {:.0}}}",
@@ -83,6 +113,7 @@ fn parse() -> Result<Load, Box<dyn Error>> {
         block: 4096,
         kind: request::IN,
         inflight: true,
+        bounce: false,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
@@ -96,6 +127,8 @@ fn parse() -> Result<Load, Box<dyn Error>> {
             "--rw" if value == "randread" => load.kind = request::IN,
             "--rw" if value == "randwrite" => load.kind = request::OUT,
             "--inflight" if value == "on" || value == "off" => load.inflight = value == "on",
+            "--memory" if value == "shared" => load.bounce = false,
+            "--memory" if value == "bounce" => load.bounce = true,
             _ => return Err(format!("cannot use {name} {value}").into()),
         }
     }
@@ -106,6 +139,96 @@ fn parse() -> Result<Load, Box<dyn Error>> {
         return Err("--block is a multiple of 512".into());
     }
     Ok(load)
+}
+
+/// The thread that copies between guest memory and what the server sees.
+struct Copying {
+    /// Its number for the kernel.
+    tid: libc::pid_t,
+}
+
+/// Starts queue 0 with a bounce between it and the server, as the VMM does.
+fn start_bounced(device: &mut Device, inflight: bool) -> Result<Copying, Box<dyn Error>> {
+    // SAFETY: a NUL-terminated name; the new descriptor is owned by the File at once.
+    let region = unsafe {
+        let fd = libc::memfd_create(c"bounce".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        File::from_raw_fd(fd)
+    };
+    region.set_len(REGION)?;
+    let memory = &device.memory;
+    let file = File::from(memory.as_fd().try_clone_to_owned()?);
+    let ram = GuestMemoryMmap::from_ranges_with_files([(
+        GuestAddress(0),
+        memory.size() as usize,
+        Some(FileOffset::new(file, 0)),
+    )])?;
+    let mut bounce = Bounce::new(DISK, 1, region.into(), REGION, ram)?;
+    let event_idx = device.features & features::EVENT_IDX != 0;
+    let queue = Queue::new(memory, QUEUE_SIZE, event_idx)?;
+    let guest = queue.addresses();
+    let event = |fd: BorrowedFd<'_>| EventFd::duplicate(fd).map(Arc::new);
+    let start = bounce.start(&Start {
+        features: device.features,
+        queues: vec![StartQueue {
+            index: 0,
+            size: QUEUE_SIZE,
+            descriptors: guest.descriptor - Memory::USER_BASE,
+            available: guest.available - Memory::USER_BASE,
+            used: guest.used - Memory::USER_BASE,
+            kick: event(queue.kick_fd())?,
+            call: event(queue.call_fd())?,
+        }],
+    });
+    device.queues.push(queue);
+    let regions = bounce.table().regions.iter();
+    let table: Vec<_> = regions
+        .map(|(start, size, fd, offset)| MemoryRegion {
+            guest_addr: *start,
+            size: *size,
+            user_addr: *start,
+            fd: fd.as_fd(),
+            offset: *offset,
+        })
+        .collect();
+    let frontend = &mut device.frontend;
+    frontend.set_mem_table(&table)?;
+    if inflight {
+        let (fd, size, offset) = frontend.get_inflight_fd(1, QUEUE_SIZE)?;
+        frontend.set_inflight_fd(fd.as_fd(), size, offset, 1, QUEUE_SIZE)?;
+    }
+    for q in &start.queues {
+        frontend.set_vring_num(q.index, q.size)?;
+        let address = VringAddr {
+            descriptor: q.descriptors,
+            used: q.used,
+            available: q.available,
+            log: None,
+        };
+        frontend.set_vring_addr(q.index, &address)?;
+        frontend.set_vring_base(q.index, 0)?;
+        frontend.set_vring_kick(q.index, q.kick.as_fd())?;
+        frontend.set_vring_call(q.index, q.call.as_fd())?;
+        frontend.set_vring_enable(q.index, true)?;
+    }
+    let (tell, tid) = channel();
+    std::thread::spawn(move || {
+        // SAFETY: no pointers.
+        let _ = tell.send(unsafe { libc::gettid() });
+        loop {
+            let mut entries: Vec<_> = bounce.poll_entries().collect();
+            let count = entries.len() as libc::nfds_t;
+            // SAFETY: initialised entries, counted.
+            unsafe { libc::poll(entries.as_mut_ptr(), count, bounce.timeout()) };
+            if let Err(error) = bounce.turn(&entries) {
+                eprintln!("{error}");
+                std::process::exit(1);
+            }
+        }
+    });
+    Ok(Copying { tid: tid.recv()? })
 }
 
 struct Bench<'a> {
@@ -151,10 +274,10 @@ impl Bench<'_> {
     }
 }
 
-/// User and system time of the process and of all threads it has had.
-fn cpu_seconds(pid: Option<u32>) -> Result<f64, Box<dyn Error>> {
-    let Some(pid) = pid else { return Ok(0.0) };
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+/// User and system time of the process or thread whose `stat` this is; that of a process includes
+/// all threads it has had.
+fn cpu_seconds(stat: &str) -> Result<f64, Box<dyn Error>> {
+    let stat = std::fs::read_to_string(stat)?;
     // The name before the last parenthesis may contain anything.
     let (_, fields) = stat.rsplit_once(')').ok_or("no name in stat")?;
     let ticks: u64 = fields

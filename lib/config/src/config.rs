@@ -10,8 +10,8 @@ use thiserror::Error as ThisError;
 use crate::net::Net;
 use crate::short::{self, Short, Switch};
 use crate::value::{
-    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, OnPanic,
-    OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, Within,
+    AccelType, CommandLine, CpuModel, DiskSerial, Exposure, Format, Id, Ids, Machine, MemorySize,
+    OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, Within,
 };
 use crate::vsock::Vsock;
 
@@ -206,6 +206,9 @@ pub struct Disk {
     /// Serial number that the guest sees.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<DiskSerial>,
+    /// How much of guest memory its back end sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Exposure>,
     /// Program to use in place of `anemone-blk`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
@@ -233,6 +236,9 @@ pub struct Console {
     /// PCI slot, by default 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<Within<1, 31>>,
+    /// How much of guest memory its back end sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Exposure>,
     /// Program to use in place of `anemone-console`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
@@ -275,6 +281,9 @@ pub struct Rng {
     /// PCI slot, by default 2.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<Within<1, 31>>,
+    /// How much of guest memory its back end sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Exposure>,
     /// Program to use in place of `anemone-rng`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
@@ -302,6 +311,9 @@ pub struct Pmem {
     /// PCI slot, by default 24 and the number of the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<Within<1, 31>>,
+    /// How much of guest memory its back end sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Exposure>,
     /// Program to use in place of `anemone-pmem`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,

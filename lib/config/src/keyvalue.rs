@@ -300,7 +300,7 @@ mod tests {
             (
                 "path=a,cache=none",
                 "unknown key `cache`, allowed: `path`, `format`, `readonly`, `id`, `slot`, \
-                 `queues`, `serial`, `binary`, `socket`",
+                 `queues`, `serial`, `memory`, `binary`, `socket`",
             ),
         ] {
             assert_eq!(disk(text).unwrap_err().to_string(), message, "{text}");

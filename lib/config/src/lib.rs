@@ -25,8 +25,9 @@ pub use config::{
 pub use net::{Card, Forward, Forwards, IfName, Mac, Net, Protocol, Uplink};
 pub use short::{Short, Switch};
 pub use value::{
-    AccelType, CommandLine, CpuModel, DiskSerial, Format, Id, Ids, Machine, MemorySize, NetType,
-    OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError, Within,
+    AccelType, CommandLine, CpuModel, DiskSerial, Exposure, Format, Id, Ids, Machine, MemorySize,
+    NetType, OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError,
+    Within,
 };
 pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};
 pub use vsock::{Cid, Vsock};

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::short::Short;
-use crate::value::{Id, NetType, Size, ValueError, Within, serde_as_text};
+use crate::value::{Exposure, Id, NetType, Size, ValueError, Within, serde_as_text};
 use crate::vm::{self, Backend, Device, Invalid, Kind, Names};
 
 /// Network cards take slots from here on.
@@ -63,6 +63,9 @@ pub struct Net {
     /// PCI slot, by default 16 and the number of the card.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<Within<1, 31>>,
+    /// How much of guest memory its back end sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Exposure>,
     /// Program to use in place of `anemone-net`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
@@ -387,18 +390,21 @@ pub(crate) fn resolve(
     let slot = names.take_slot(&id, &mut net.slot, FIRST_SLOT.saturating_add(number))?;
     // What has several pairs or a filter has a control queue as well (virtio 1.3, 5.1.2).
     let control = u16::from(pairs > 1 || net.mac_filter);
+    let backend = Backend::Process(net.binary.clone());
+    let kind = Kind::Net(Card {
+        uplink,
+        mac,
+        mac_filter: net.mac_filter,
+        mtu: net.mtu.map(Within::get),
+        pairs,
+        rates,
+    });
     Ok(Device {
         slot,
         queues: 2 * pairs + control,
-        backend: Backend::Process(net.binary.clone()),
-        kind: Kind::Net(Card {
-            uplink,
-            mac,
-            mac_filter: net.mac_filter,
-            mtu: net.mtu.map(Within::get),
-            pairs,
-            rates,
-        }),
+        memory: vm::exposure(&mut net.memory, &kind, &backend),
+        backend,
+        kind,
         id,
     })
 }

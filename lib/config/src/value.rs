@@ -357,6 +357,17 @@ impl FromStr for Ids {
 
 serde_as_text!(Ids);
 
+words! {
+    /// How much of the guest's memory a back end sees.
+    Exposure {
+        /// All of it: the fast path.
+        #[default]
+        Shared = "shared",
+        /// None of it: the VMM copies requests into a region of the device's own.
+        Bounce = "bounce",
+    }
+}
+
 /// A number of bytes, written like `4096`, `512M` or `2GiB`: K, M, G and T are powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Size(pub u64);

@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
 use crate::net::{self, Card};
 use crate::short::Switch;
-use crate::value::{AccelType, CommandLine, Format, Id, SinkType, Size, Within};
+use crate::value::{AccelType, CommandLine, Exposure, Format, Id, SinkType, Size, Within};
 use crate::vsock::Cid;
 
 /// A configuration that contradicts itself or lacks something.
@@ -131,6 +131,8 @@ pub struct Device {
     pub queues: u16,
     /// Who serves it.
     pub backend: Backend,
+    /// How much of guest memory the back end sees.
+    pub memory: Exposure,
     /// What it is.
     pub kind: Kind,
 }
@@ -190,7 +192,40 @@ pub enum Kind {
 /// (a subsection), and a large page.
 pub const PMEM_UNIT: u64 = 2 << 20;
 
+impl Device {
+    /// Length in bytes of the region that a bounced back end sees in place of guest memory; 0 for a
+    /// shared one. Each queue has its part: its rings, and room for the data of requests. Of that,
+    /// only what is used takes memory.
+    pub fn bounce_region(&self) -> u64 {
+        const RINGS: u64 = 8 << 10;
+        let queues = u64::from(self.queues.max(1));
+        let data = match self.kind.device_type() {
+            // A request of Linux has up to 4 MiB.
+            2 => ((64 << 20) / queues).clamp(4 << 20, 16 << 20) & !0xFFF,
+            // Every receive buffer has at least a page, of a network packet up to 17.
+            1 => 4 << 20,
+            3 => 1 << 20,
+            19 => 2 << 20,
+            // Entropy, lists of pages, flushes.
+            4 | 5 | 27 => 256 << 10,
+            _ => 8 << 20,
+        };
+        match self.memory {
+            Exposure::Shared => 0,
+            Exposure::Bounce => queues * (RINGS + data),
+        }
+    }
+}
+
 impl Kind {
+    /// What a device's back end sees of guest memory by default: nothing, where it is slow anyway.
+    pub fn default_exposure(&self) -> Exposure {
+        match self {
+            Self::Console { .. } | Self::Rng { .. } => Exposure::Bounce,
+            _ => Exposure::Shared,
+        }
+    }
+
     /// virtio device type (virtio 1.2, section 5).
     pub fn device_type(&self) -> u16 {
         match self {
@@ -417,6 +452,15 @@ fn backend(
     }
 }
 
+/// Fills in how much of guest memory a back end sees. One that runs already is not ours, and not in
+/// our jail.
+pub(crate) fn exposure(key: &mut Option<Exposure>, kind: &Kind, backend: &Backend) -> Exposure {
+    *key.get_or_insert_with(|| match backend {
+        Backend::Socket(_) => Exposure::Bounce,
+        Backend::Process(_) => kind.default_exposure(),
+    })
+}
+
 /// Where a console goes; `None` for `none`.
 fn sink(
     owner: &str,
@@ -466,11 +510,14 @@ fn console(console: &mut Console, names: &mut Names) -> Result<Option<Device>, I
         target
     };
     let id = names.take_id(&mut console.id, "console")?;
+    let backend = backend(&id, console.binary.as_ref(), console.socket.as_ref())?;
+    let kind = Kind::Console { sink: target };
     Ok(Some(Device {
         slot: names.take_slot(&id, &mut console.slot, CONSOLE_SLOT)?,
         queues: CONSOLE_QUEUES,
-        backend: backend(&id, console.binary.as_ref(), console.socket.as_ref())?,
-        kind: Kind::Console { sink: target },
+        memory: exposure(&mut console.memory, &kind, &backend),
+        backend,
+        kind,
         id,
     }))
 }
@@ -491,11 +538,14 @@ fn entropy(rng: &mut Rng, names: &mut Names) -> Result<Device, Invalid> {
             because: "beside `socket`: the back end has its own settings",
         });
     }
+    let backend = backend(&id, rng.binary.as_ref(), rng.socket.as_ref())?;
+    let kind = Kind::Rng { rate: rng.rate };
     Ok(Device {
         slot: names.take_slot(&id, &mut rng.slot, RNG_SLOT)?,
         queues: 1,
-        backend: backend(&id, rng.binary.as_ref(), rng.socket.as_ref())?,
-        kind: Kind::Rng { rate: rng.rate },
+        memory: exposure(&mut rng.memory, &kind, &backend),
+        backend,
+        kind,
         id,
     })
 }
@@ -526,15 +576,17 @@ fn block(disk: &mut Disk, number: u16, names: &mut Names) -> Result<Device, Inva
     }
     let slot = names.take_slot(&id, &mut disk.slot, FIRST_DISK_SLOT.saturating_add(number))?;
     let queues = *disk.queues.get_or_insert(Within::min());
+    let kind = Kind::Disk {
+        path: disk.path.clone(),
+        readonly: disk.readonly,
+        serial: disk.serial.as_ref().map(ToString::to_string),
+    };
     Ok(Device {
         slot,
         queues: queues.get(),
+        memory: exposure(&mut disk.memory, &kind, &backend),
         backend,
-        kind: Kind::Disk {
-            path: disk.path.clone(),
-            readonly: disk.readonly,
-            serial: disk.serial.as_ref().map(ToString::to_string),
-        },
+        kind,
         id,
     })
 }
@@ -556,15 +608,17 @@ fn persistent_memory(pmem: &mut Pmem, number: u16, names: &mut Names) -> Result<
         });
     }
     let slot = FIRST_PMEM_SLOT.saturating_add(number);
+    let kind = Kind::Pmem {
+        path,
+        size: pmem.size,
+        readonly: pmem.readonly,
+    };
     Ok(Device {
         slot: names.take_slot(&id, &mut pmem.slot, slot)?,
         queues: 1,
+        memory: exposure(&mut pmem.memory, &kind, &backend),
         backend,
-        kind: Kind::Pmem {
-            path,
-            size: pmem.size,
-            readonly: pmem.readonly,
-        },
+        kind,
         id,
     })
 }

@@ -7,8 +7,8 @@ use serde::de::{Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::short::Short;
-use crate::value::{Id, Within};
-use crate::vm::{Backend, Device, Invalid, Kind, Names, refuse_empty};
+use crate::value::{Exposure, Id, Within};
+use crate::vm::{Backend, Device, Invalid, Kind, Names, exposure, refuse_empty};
 
 /// PCI slot unless the configuration names another.
 const SLOT: u16 = 5;
@@ -34,6 +34,9 @@ pub struct Vsock {
     /// PCI slot, by default 5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<Within<1, 31>>,
+    /// How much of guest memory its back end sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Exposure>,
     /// Program to use in place of `anemone-vsock`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
@@ -63,11 +66,14 @@ impl Vsock {
             });
         }
         let cid = *self.cid.get_or_insert_default();
+        let backend = Backend::Process(binary);
+        let kind = Kind::Vsock { cid, socket };
         Ok(Device {
             slot: names.take_slot(&id, &mut self.slot, SLOT)?,
             queues: QUEUES,
-            backend: Backend::Process(binary),
-            kind: Kind::Vsock { cid, socket },
+            memory: exposure(&mut self.memory, &kind, &backend),
+            backend,
+            kind,
             id,
         })
     }

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anemone_config::{
-    Backend, Config, Console, Cpus, Disk, Id, Invalid, Kind, Mac, Net, NetType, PanicDevice, Pmem,
-    Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink, Vm, Vsock, Within,
+    Backend, Config, Console, Cpus, Disk, Exposure, Id, Invalid, Kind, Mac, Net, NetType,
+    PanicDevice, Pmem, Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink, Vm,
+    Vsock, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -37,13 +38,14 @@ prop_compose! {
         path in option::of(path()), readonly: bool, id in option::of(id()),
         slot in option::of(slot()), queues in option::of(1u16..=64),
         serial in option::of("[ -~]{1,20}"), binary in option::of(path()),
+        memory in option::of(prop_oneof![Just(Exposure::Shared), Just(Exposure::Bounce)]),
         socket in option::of(path()),
     ) -> Disk {
         Disk {
             path, format: None, readonly, id, slot,
             queues: queues.map(|n| Within::new(n).expect("in range")),
             serial: serial.map(|text| text.parse().expect("the form of a serial number")),
-            binary, socket,
+            memory, binary, socket,
         }
     }
 }
@@ -314,6 +316,40 @@ fn errors_of_the_file_name_line_found_and_allowed() {
             assert!(error.contains(part), "{text}: {error} lacks {part}");
         }
     }
+}
+
+#[test]
+fn memory_is_exposed_to_fast_back_ends_of_our_own_only() {
+    let exposures = |text: &str| {
+        let devices = resolve(text).unwrap().devices;
+        let list = devices.iter().map(|d| format!("{} {}", d.id, d.memory));
+        list.collect::<Vec<_>>().join(", ")
+    };
+    assert_eq!(
+        exposures("rng = true\ndisk = [\"a\", \"socket=b\"]\n"),
+        "console bounce, rng bounce, disk0 shared, disk1 bounce"
+    );
+    assert_eq!(
+        exposures(
+            "console = \"stdio,memory=shared\"\nrng = { socket = \"a\", memory = \"shared\" }\n\
+             disk = [\"a,memory=bounce\", \"socket=b,memory=shared\"]\n"
+        ),
+        "console shared, rng shared, disk0 bounce, disk1 shared"
+    );
+    let devices = resolve("rng = true\ndisk = [\"a,memory=bounce,queues=64\", \"b\"]")
+        .unwrap()
+        .devices;
+    let regions: Vec<u64> = devices.iter().map(|d| d.bounce_region()).collect();
+    assert_eq!(
+        regions,
+        [
+            2 * ((1 << 20) + 8192),
+            (256 << 10) + 8192,
+            64 * ((4 << 20) + 8192),
+            0
+        ]
+    );
+    assert!(regions.iter().all(|size| size.is_multiple_of(4096)));
 }
 
 #[test]

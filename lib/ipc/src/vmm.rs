@@ -80,6 +80,19 @@ pub struct Device {
     pub socket: Option<FdIndex>,
     /// Persistent memory of the device, where it is one.
     pub pmem: Option<Pmem>,
+    /// What the back end sees in place of guest memory; absent if it sees that.
+    pub bounce: Option<Bounce>,
+}
+
+/// The region through which the VMM copies what passes between the guest and a back end that does not
+/// see guest memory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bounce {
+    /// A memfd of exactly `size` bytes, sealed against resizing; absent for a `check`.
+    pub fd: Option<FdIndex>,
+    /// Its length in bytes, whole pages.
+    pub size: u64,
 }
 
 /// The file behind a persistent memory. The VMM puts it where the machine's rules say, and tells the

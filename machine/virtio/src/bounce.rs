@@ -44,19 +44,23 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::ram::GuestRam;
+use crate::session::Connected;
 use crate::work::Start;
 use memory::{BASE, Memory, PAGE, Region};
 use queue::{Queue, Rings};
 
 /// Features that a bounced device cannot have: with VIRTIO_F_IN_ORDER a back end returns several chains
 /// by one entry of the used ring.
-pub const NOT_OFFERED: u64 = 1 << 35;
+const NOT_OFFERED: u64 = 1 << 35;
 /// Most entries of a queue, as the registers offer them.
 const QUEUE_SIZE: u16 = 256;
 /// Least room for data that a queue can do with.
 const DATA_LEAST: u64 = 64 << 10;
 /// Milliseconds without an event after which memory of the region is given back.
 const QUIET_MS: i32 = 1000;
+
+/// Turns in which a whole queue has passed: it has fewer entries than two turns take.
+const TURNS_TO_RESUME: usize = 8;
 
 /// virtio device types that have rules of their own (virtio 1.2, section 5).
 const BLOCK: u16 = 2;
@@ -179,6 +183,13 @@ impl Bounce {
         })
     }
 
+    /// Takes out of a back end's offer what it cannot have with a bounce before it.
+    pub(crate) fn withhold(bounce: Option<&Self>, offer: &mut Connected) {
+        if bounce.is_some() {
+            offer.features &= !NOT_OFFERED;
+        }
+    }
+
     /// The memory table for the back end.
     pub fn table(&self) -> &GuestRam {
         &self.region.table
@@ -218,6 +229,28 @@ impl Bounce {
         if std::mem::take(&mut self.filled) {
             self.region.memory.discard(BASE, self.region.size);
         }
+    }
+
+    /// Another back end is about to get the queues that the one before has lost. It finds in the available
+    /// rings, from the used index on, all that is in flight: nothing is lost, whether it tracks that or not.
+    ///
+    /// # Errors
+    /// As for [`turn`](Self::turn).
+    pub fn resume(&mut self) -> Result<(), Broken> {
+        for queue in &mut self.queues {
+            queue.due = true;
+        }
+        // What the one before has returned. Nobody returns anything now, so that this ends.
+        for _ in 0..TURNS_TO_RESUME {
+            if self.timeout() == 0 {
+                self.turn(&[])?;
+            }
+        }
+        let outcome = self
+            .queues
+            .iter_mut()
+            .try_for_each(|queue| queue.offer_again(&self.region.memory));
+        outcome.inspect_err(|_| self.queues.clear())
     }
 
     /// The guest wants the interrupts of these queues elsewhere.
@@ -267,6 +300,8 @@ impl Bounce {
                 queue.shadow_call.take();
                 queue.due = true;
             }
+        }
+        for queue in &mut self.queues {
             if !queue.due {
                 continue;
             }

@@ -18,6 +18,7 @@ use std::os::unix::net::UnixStream;
 use anemone_log::warn_limited;
 use anemone_vhost_user::Error as ProtocolError;
 
+use crate::bounce::Bounce;
 use crate::ram::GuestRam;
 use crate::session::{Base, Connected, Error, Inflight, Limits, Session};
 use crate::transport::VirtioPci;
@@ -49,16 +50,28 @@ pub enum Notice {
 pub struct FrontEnd {
     limits: Limits,
     session: Session,
+    bounce: Option<Bounce>,
 }
 
 impl FrontEnd {
-    /// Starts the conversation with the first back end.
+    /// Starts the conversation with the first back end, which sees guest memory or, where there is one,
+    /// only what `bounce` shows it.
     ///
     /// # Errors
     /// The back end is gone, silent, or not able to serve a modern device.
-    pub fn connect(socket: UnixStream, limits: Limits) -> Result<(Self, Connected), Error> {
-        let (session, connected) = Session::open(socket, &limits)?;
-        Ok((Self { limits, session }, connected))
+    pub fn connect(
+        socket: UnixStream,
+        limits: Limits,
+        bounce: Option<Bounce>,
+    ) -> Result<(Self, Connected), Error> {
+        let (session, mut connected) = Session::open(socket, &limits)?;
+        Bounce::withhold(bounce.as_ref(), &mut connected);
+        let front_end = Self {
+            limits,
+            session,
+            bounce,
+        };
+        Ok((front_end, connected))
     }
 
     /// Serves the registers, with one back end after the other, for as long as the process lives.
@@ -73,6 +86,7 @@ impl FrontEnd {
         let mut thread = Thread {
             limits: self.limits,
             session: Some(self.session),
+            bounce: self.bounce,
             connection: 0,
             hung_up: false,
             started: None,
@@ -95,6 +109,8 @@ struct Thread<'a> {
     limits: Limits,
     /// The connection; none while the device waits for a back end.
     session: Option<Session>,
+    /// Stands between guest memory and a back end that must not see it.
+    bounce: Option<Bounce>,
     /// Number of the connection, or of the one that was lost.
     connection: u32,
     /// The lost back end has closed its connection itself, which is how the death of a process
@@ -117,11 +133,14 @@ struct Ready {
     work: bool,
     hung_up: bool,
     request: bool,
+    /// What has come of the entries of [`Bounce::poll_entries`].
+    bounced: Vec<libc::pollfd>,
 }
 
 impl Thread<'_> {
     fn turn(&mut self) -> io::Result<()> {
         let ready = self.wait()?;
+        self.pump(&ready.bounced);
         if ready.work {
             let mut work = self.work.take();
             let reconnect = work.reconnect.take();
@@ -139,27 +158,59 @@ impl Thread<'_> {
 
     fn wait(&self) -> io::Result<Ready> {
         let [connection, requests] = self.session.as_ref().map_or([-1, -1], Session::watched);
-        let mut poll =
-            [self.work.as_fd().as_raw_fd(), connection, requests].map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            });
-        // SAFETY: three initialised entries; a negative descriptor is skipped.
-        if unsafe { libc::poll(poll.as_mut_ptr(), 3, -1) } < 0 {
+        let own = [self.work.as_fd().as_raw_fd(), connection, requests];
+        let mut poll = Vec::from(own.map(|fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        }));
+        let mut timeout = -1;
+        if let Some(bounce) = &self.bounce {
+            poll.extend(bounce.poll_entries());
+            timeout = bounce.timeout();
+        }
+        // SAFETY: initialised entries, counted; a negative descriptor is skipped.
+        if unsafe { libc::poll(poll.as_mut_ptr(), poll.len() as libc::nfds_t, timeout) } < 0 {
             let error = io::Error::last_os_error();
             if error.kind() != io::ErrorKind::Interrupted {
                 return Err(error);
             }
             poll.iter_mut().for_each(|entry| entry.revents = 0);
         }
-        let [work, hung_up, request] = poll.map(|entry| entry.revents != 0);
         Ok(Ready {
-            work,
+            work: poll[0].revents != 0,
             // Outside a request the back end has nothing to say over the connection.
-            hung_up,
-            request,
+            hung_up: poll[1].revents != 0,
+            request: poll[2].revents != 0,
+            bounced: poll.split_off(own.len()),
         })
+    }
+
+    /// Copies between the guest and a back end that does not see its memory.
+    fn pump(&mut self, polled: &[libc::pollfd]) {
+        if let Some(bounce) = &mut self.bounce
+            && let Err(e) = bounce.turn(polled)
+        {
+            warn_limited!("{}: {e}; the device needs a reset", self.device.id());
+            self.device.needs_reset();
+        }
+    }
+
+    /// The set-up as a back end gets it.
+    fn latch(&mut self, start: Start) -> Start {
+        match &mut self.bounce {
+            Some(bounce) => bounce.start(&start),
+            None => start,
+        }
+    }
+
+    /// In bounce mode interrupts are not the back end's to send.
+    fn move_calls(&mut self) {
+        if let Some(bounce) = &mut self.bounce
+            && self.pending.start.is_none()
+        {
+            bounce.set_calls(std::mem::take(&mut self.pending.calls));
+        }
     }
 
     /// With a back end that fails, the device waits for the next one.
@@ -185,12 +236,16 @@ impl Thread<'_> {
         self.pending.stop = false;
         self.started = None;
         self.inflight = None;
+        if let Some(bounce) = &mut self.bounce {
+            bounce.stop();
+        }
         self.device.reset_done();
     }
 
     fn serve(&mut self, ready: &Ready) -> Result<(), Error> {
         let Some(session) = &mut self.session else {
             self.reset_without_back_end();
+            self.move_calls();
             return Ok(());
         };
         if ready.hung_up {
@@ -205,7 +260,7 @@ impl Thread<'_> {
         }
         if let Some(start) = self.pending.start.take() {
             // From here on it is the device's state, whether this back end lives to see it or not.
-            self.started = Some(start);
+            self.started = Some(self.latch(start));
             self.start(Base::First)?;
         }
         self.carry_out()
@@ -216,7 +271,8 @@ impl Thread<'_> {
         let (Some(session), Some(start)) = (&mut self.session, &self.started) else {
             return Ok(());
         };
-        match session.start(start, self.ram, base, &mut self.inflight) {
+        let memory = self.bounce.as_ref().map_or(self.ram, Bounce::table);
+        match session.start(start, memory, base, &mut self.inflight) {
             // What the guest has set up does not suit the back end: the driver is told.
             Err(Error::Protocol(e @ ProtocolError::Refused(..))) => {
                 warn_limited!("the driver's set-up was refused: {e}");
@@ -234,6 +290,7 @@ impl Thread<'_> {
 
     /// What a device can be asked for while it runs.
     fn carry_out(&mut self) -> Result<(), Error> {
+        self.move_calls();
         let Some(session) = &mut self.session else {
             return Ok(());
         };
@@ -258,11 +315,18 @@ impl Thread<'_> {
             // Nobody is left that could touch the queues.
             self.reset_done();
         }
-        let (session, connected) = Session::open(reconnect.socket, &self.limits)?;
+        let (session, mut connected) = Session::open(reconnect.socket, &self.limits)?;
+        Bounce::withhold(self.bounce.as_ref(), &mut connected);
         self.session = Some(session);
         if let Some(start) = self.pending.start.take() {
-            self.started = Some(start);
+            self.started = Some(self.latch(start));
+        } else if let Some(bounce) = &mut self.bounce
+            && let Err(e) = bounce.resume()
+        {
+            warn_limited!("{}: {e}; the device needs a reset", self.device.id());
+            self.device.needs_reset();
         }
+        self.move_calls();
         // A vector that changed while nobody listened is set with the queues.
         for (index, call) in std::mem::take(&mut self.pending.calls) {
             let queues = self.started.iter_mut().flat_map(|s| &mut s.queues);
@@ -275,6 +339,9 @@ impl Thread<'_> {
             Err(reason) => {
                 self.started = None;
                 self.inflight = None;
+                if let Some(bounce) = &mut self.bounce {
+                    bounce.stop();
+                }
                 self.device.needs_reset();
                 (self.tell)(Notice::Unfit { reason });
             }

@@ -15,13 +15,14 @@
 //! the old status until the device thread is done, as the specification allows. A back end that is
 //! lost is replaced under a running guest ([`FrontEnd`]).
 
-pub mod bounce;
+mod bounce;
 mod front_end;
 mod ram;
 mod session;
 mod transport;
 mod work;
 
+pub use bounce::{Bounce, Error as BounceError};
 pub use front_end::{FrontEnd, Notice};
 pub use ram::GuestRam;
 pub use session::{Connected, Error, Limits};

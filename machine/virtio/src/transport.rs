@@ -163,6 +163,11 @@ impl VirtioPci {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Name in messages.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// The device thread has stopped all queues.
     pub fn reset_done(&self) {
         let mut r = self.lock();

@@ -87,7 +87,8 @@ pub struct Process {
     /// Milliseconds for which the guest has waited the last time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_pause: Option<f64>,
-    /// What it sees of guest memory: `none`, or `shared` (all of it).
+    /// What it sees of guest memory: `none`, `shared` (all of it), or `bounce` (a region of its own,
+    /// through which the VMM copies).
     pub memory: String,
     /// Why the guest has never used the device, if so.
     #[serde(skip_serializing_if = "Option::is_none")]

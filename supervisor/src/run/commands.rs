@@ -140,14 +140,16 @@ impl Session<'_> {
             ..process("vmm", Some(self.vmm.process.pid()))
         };
         let mut processes = vec![supervisor, vmm];
-        let kinds = self.host.vm.devices.iter().map(|device| &device.kind);
-        let roles = kinds.map(registry::name_of).chain(["serial"]);
-        for (backend, role) in self.backends.iter().zip(roles) {
+        let devices = self.host.vm.devices.iter();
+        let roles = devices
+            .map(|device| (registry::name_of(&device.kind), device.memory.to_string()))
+            .chain([("serial", "none".to_owned())]);
+        for (backend, (role, memory)) in self.backends.iter().zip(roles) {
             let untouched = self.untouched.iter().find(|d| d.id == backend.id);
             let mut device = Process {
                 device: Some(backend.id.clone()),
                 last_pause: backend.pause.map(milliseconds),
-                memory: if role == "serial" { "none" } else { "shared" }.to_owned(),
+                memory,
                 untouched: untouched.and_then(|device| device.untouched.clone()),
                 ..process(role, None)
             };

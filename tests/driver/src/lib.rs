@@ -37,6 +37,7 @@ pub mod pmem;
 mod process;
 mod queue;
 mod replace;
+pub mod spy;
 pub mod vsock;
 
 pub use device::{Device, Options, features};

@@ -114,10 +114,21 @@ pub fn problems(process: &Process, files: &[&str]) -> Vec<String> {
         Ok(maps) => {
             let foreign = foreign_code(program, &maps);
             found.extend(foreign.map(|line| format!("{program}: executable memory: {line}")));
+            if !sees_guest(program) && maps.contains(GUEST_MEMORY) {
+                found.push(format!("{program}: guest memory is mapped"));
+            }
         }
         Err(error) => found.push(format!("{program}: memory: {error}")),
     }
     found
+}
+
+/// Guest memory, as the kernel names it.
+const GUEST_MEMORY: &str = "/memfd:guest-memory";
+
+/// Whether a program has guest memory by default.
+fn sees_guest(program: &str) -> bool {
+    !matches!(program, "anemone-console" | "anemone-rng")
 }
 
 /// Mappings that are executable and either writable too or not from the program's file. The VMM may
@@ -182,8 +193,9 @@ fn may_hold(program: &str, number: &str, target: &str, files: &[&str]) -> bool {
     };
     // Standard error is where every process of the VM reports, wherever the user sent it.
     let standard_error = number == "2";
+    let forbidden = !sees_guest(program) && target.starts_with(GUEST_MEMORY);
     standard_error
-        || EVERYWHERE.iter().chain(role).any(|p| target.starts_with(p))
+        || !forbidden && EVERYWHERE.iter().chain(role).any(|p| target.starts_with(p))
         || files.contains(&target)
 }
 
@@ -200,6 +212,14 @@ mod tests {
         let free = jailed.replace("Seccomp:\t2", "Seccomp:\t0");
         let wrong: Vec<_> = status_problems(&free).collect();
         assert_eq!(wrong, ["Seccomp is 0, not 2"]);
+    }
+
+    #[test]
+    fn guest_memory_is_for_those_who_have_it() {
+        let guest = "/memfd:guest-memory (deleted)";
+        assert!(may_hold("anemone-blk", "5", guest, &[]));
+        assert!(!may_hold("anemone-rng", "5", guest, &[]));
+        assert!(may_hold("anemone-rng", "5", "/memfd:bounce (deleted)", &[]));
     }
 
     #[test]

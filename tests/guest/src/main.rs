@@ -6,7 +6,8 @@
 //! instead.
 //!
 //! On a host, `--list ACCELERATOR` prints what there is, and `NAME KEY=VALUE...` runs a scenario;
-//! the pairs say what is where, see [`Place`].
+//! the pairs say what is where, see [`Place`]. `--spy SOCKET SECRET` is a back end that looks for a
+//! secret in the guest's memory.
 
 mod net;
 mod probe;
@@ -18,11 +19,13 @@ use std::fs::{self, OpenOptions, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anemone_driver::spy;
 use anemone_guest_init::place::Place;
 use anemone_guest_init::protocol::Line;
 
@@ -55,6 +58,10 @@ fn on_host() -> io::Result<()> {
             }
             Ok(())
         }
+        Some("--spy") => spy(
+            &arguments.next().unwrap_or_default(),
+            &arguments.next().unwrap_or_default(),
+        ),
         Some(name) => {
             let place = Place::parse(arguments).map_err(io::Error::other)?;
             sys::adopt_orphans()?;
@@ -63,6 +70,18 @@ fn on_host() -> io::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Serves an entropy source with all manners, and reports what it sees of the secret.
+fn spy(socket: &str, secret: &str) -> io::Result<()> {
+    let (connection, _) = UnixListener::bind(socket)?.accept()?;
+    let served = spy::serve(
+        connection,
+        secret.as_bytes(),
+        usize::MAX / 2,
+        &mut io::stdout(),
+    );
+    served.map_err(io::Error::other)
 }
 
 fn run() -> io::Result<()> {

@@ -184,6 +184,12 @@ pub const ALL: &[Scenario] = &[
         "a disk served by qemu-storage-daemon over vhost-user",
         foreign_disk,
     ),
+    Scenario::new(
+        "bounce-secret",
+        "a hostile back end with memory=bounce never sees guest memory; with memory=shared it does",
+        bounce_secret,
+    )
+    .only("soft"),
 ];
 
 /// What the guests find goes into the log.
@@ -593,6 +599,69 @@ fn supervisor_dies(place: &Place) -> Result<()> {
     vm::expect_nothing_left()
 }
 
+/// What is in the guest's memory, in its kernel command line, and nowhere near the entropy source.
+const SECRET: &str = "anemone-secret-8d1f0c6b";
+
+fn bounce_secret(place: &Place) -> Result<()> {
+    let found = spied(place, "bounce")?;
+    if found > 0 {
+        return Err(format!("the spy has found the secret {found} times"));
+    }
+    // The same spy finds it where it may look.
+    match spied(place, "shared")? {
+        0 => Err("nothing is found in shared memory either".into()),
+        _ => Ok(()),
+    }
+}
+
+/// Boots a guest whose entropy source is the spy; how often it has found the secret.
+fn spied(place: &Place, memory: &str) -> Result<usize> {
+    let socket = place.scratch(&format!("spy-{memory}.sock"));
+    let program = std::env::current_exe().map_err(|e| e.to_string())?;
+    let spy = Command::new(program)
+        .args(["--spy", &socket, SECRET])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|e| format!("cannot start the spy: {e}"))?;
+    let guest = with_spy(place, &socket, memory);
+    // It ends with its connection.
+    let output = spy.wait_with_output().map_err(|e| e.to_string())?;
+    guest?;
+    let report = String::from_utf8_lossy(&output.stdout);
+    let counts = report.lines().filter_map(|line| {
+        let count = line.strip_prefix("looked at")?.rsplit_once("found ")?.1;
+        count.parse::<usize>().ok()
+    });
+    let (looks, found) = counts.fold((0, 0), |(looks, most), n| (looks + 1, most.max(n)));
+    println!("memory={memory}: the spy has looked {looks} times and found {found}");
+    if looks < 5 || !report.lines().any(|line| line.starts_with("served ")) {
+        return Err(format!("the spy has done nothing: {report}"));
+    }
+    Ok(found)
+}
+
+fn with_spy(place: &Place, socket: &str, memory: &str) -> Result<()> {
+    wait_for_path(Path::new(socket))?;
+    vm::give_to_user(place, Path::new(socket)).map_err(|e| e.to_string())?;
+    let rng = format!("--rng=socket={socket},memory={memory}");
+    let steps = format!("uname,rng,poweroff anemone.secret={SECRET}");
+    let mut vm = Vm::start(place, &steps, &[&rng])?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: random bytes from virtio_rng", "guest: done"])
+}
+
+fn wait_for_path(path: &Path) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !path.exists() {
+        if Instant::now() > end {
+            return Err(format!("there is no {}", path.display()));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
 fn foreign_disk(place: &Place) -> Result<()> {
     let (image, socket) = (place.scratch("foreign.img"), place.scratch("qsd.sock"));
     let first = vm::make_disk(place, &image, 4096, 5)?;
@@ -619,13 +688,7 @@ fn foreign_disk(place: &Place) -> Result<()> {
 
 fn copy_from_foreign_disk(place: &Place, socket: &str, first: &[u8]) -> Result<()> {
     let path = Path::new(socket);
-    let end = Instant::now() + Duration::from_secs(60);
-    while !path.exists() {
-        if Instant::now() > end {
-            return Err("qemu-storage-daemon has made no socket".into());
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
+    wait_for_path(path)?;
     vm::give_to_user(place, path).map_err(|e| e.to_string())?;
     let image = place.scratch("own.img");
     vm::make_disk(place, &image, 4096, 6)?;

@@ -33,6 +33,23 @@ pub fn memfd(size: u64) -> File {
     file
 }
 
+/// The same, sealed against resizing.
+pub fn sealed(size: u64) -> File {
+    // SAFETY: a NUL-terminated name; the new descriptor is owned by the File at once.
+    let file = unsafe {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        let fd = libc::memfd_create(c"bounce".as_ptr(), flags);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    file.set_len(size).unwrap();
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: no pointers.
+    let failed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+    assert_eq!(failed, 0);
+    file
+}
+
 /// The smallest kernel, which halts.
 pub fn tiny_kernel() -> File {
     kernel(&[0xF4])
@@ -70,6 +87,8 @@ pub struct Vmm {
     pub channel: Channel,
     pub driver: BufReader<UnixStream>,
     pub serial: UnixStream,
+    /// Guest memory.
+    pub memory: File,
 }
 
 impl Drop for Vmm {
@@ -148,6 +167,7 @@ impl Vmm {
                 channel: ours,
                 driver: BufReader::new(driver),
                 serial,
+                memory,
             },
             answer,
         )

@@ -95,7 +95,13 @@ pub fn run(runs: usize, seconds: u32) -> Result<()> {
         for round in 1..=runs {
             sh::progress(format_args!("depth {depth}, round {round} of {runs}"));
             for (server, samples) in servers.iter().zip(&mut samples) {
-                samples.push(measure(server, &client, &memory, depth, seconds)?);
+                let load = Load {
+                    depth,
+                    block: 4096,
+                    kind: "randread",
+                    exposure: "shared",
+                };
+                samples.push(measure(server, &client, &memory, load, seconds)?);
             }
         }
         let medians: Vec<(f64, f64)> = samples
@@ -118,14 +124,87 @@ pub fn run(runs: usize, seconds: u32) -> Result<()> {
             ]);
         }
     }
-    publish("block", &[table])
+    let bounce = bounce_table(&servers[0], &client, &memory, runs, seconds)?;
+    publish("block", &[table, bounce])
+}
+
+/// What it costs when the server does not see guest memory.
+fn bounce_table(
+    server: &Server<'_>,
+    client: &Path,
+    memory: &MemoryFile,
+    runs: usize,
+    seconds: u32,
+) -> Result<Table> {
+    let mut table = Table::new(
+        &format!(
+            "64 KiB requests to {} (medians) with memory=shared and memory=bounce; the CPU time of \
+             bounce includes the thread that copies",
+            server.name()
+        ),
+        &[
+            "depth",
+            "requests",
+            "shared IOPS",
+            "bounce IOPS",
+            "bounce to shared",
+            "shared CPU us",
+            "bounce CPU us",
+        ],
+    );
+    for depth in [1, 32] {
+        for kind in ["randread", "randwrite"] {
+            let mut samples = [Vec::new(), Vec::new()];
+            for round in 1..=runs {
+                sh::progress(format_args!(
+                    "bounce, {kind}, depth {depth}, round {round} of {runs}"
+                ));
+                for (exposure, samples) in ["shared", "bounce"].iter().zip(&mut samples) {
+                    let load = Load {
+                        depth,
+                        block: 64 << 10,
+                        kind,
+                        exposure,
+                    };
+                    samples.push(measure(server, client, memory, load, seconds)?);
+                }
+            }
+            let [shared, bounce] = samples.map(|samples| {
+                let iops: Vec<_> = samples.iter().map(|s| s.iops).collect();
+                let cpu: Vec<_> = samples
+                    .iter()
+                    .map(|s| 1e6 / s.iops_per_cpu_second)
+                    .collect();
+                (median(&iops), median(&cpu))
+            });
+            table.row(vec![
+                depth.into(),
+                kind.into(),
+                (shared.0.round() as u64).into(),
+                (bounce.0.round() as u64).into(),
+                decimal(bounce.0 / shared.0),
+                decimal(shared.1),
+                decimal(bounce.1),
+            ]);
+        }
+    }
+    Ok(table)
+}
+
+/// What the client does.
+#[derive(Clone, Copy)]
+struct Load<'a> {
+    depth: u32,
+    block: u32,
+    kind: &'a str,
+    exposure: &'a str,
 }
 
 fn measure(
     server: &Server<'_>,
     client: &Path,
     memory: &MemoryFile,
-    depth: u32,
+    load: Load<'_>,
     seconds: u32,
 ) -> Result<Sample> {
     let socket = memory.folder.join("socket");
@@ -135,10 +214,11 @@ fn measure(
         Command::new(client)
             .arg("--socket")
             .arg(&socket)
-            .args(["--depth", &depth.to_string()])
+            .args(["--depth", &load.depth.to_string()])
             .args(["--seconds", &seconds.to_string()])
             .args(["--pid", &running.0.id().to_string()])
-            .args(["--block", "4096", "--rw", "randread"]),
+            .args(["--block", &load.block.to_string(), "--rw", load.kind])
+            .args(["--memory", load.exposure]),
     )?;
     serde_json::from_slice(&output.stdout).context("blk-bench has printed something else")
 }

@@ -154,6 +154,11 @@ const CASES: &[Case] = &[
         words: &["floppy"],
     },
     Case {
+        name: "unknown memory exposure",
+        arguments: &["--kernel", "DIR/tiny.elf", "--rng=memory=some"],
+        words: &["memory", "some", "shared", "bounce"],
+    },
+    Case {
         name: "unknown machine",
         arguments: &["--kernel", "DIR/tiny.elf", "--machine", "pc"],
         words: &["virt-1"],

@@ -92,6 +92,8 @@ struct Target {
 #[derive(Debug, Default)]
 struct Flight {
     busy: bool,
+    /// How many were handed over before it.
+    number: u64,
     guest_head: u16,
     /// Descriptors of the shadow ring that it takes.
     descriptors: Vec<u16>,
@@ -185,6 +187,7 @@ pub(super) struct Queue {
     free: Vec<u16>,
     flights: Vec<Flight>,
     in_flight: usize,
+    handed_over: u64,
     space: Space,
     /// Read from the guest's ring, waiting for room if `waiting`.
     chain: Chain,
@@ -228,6 +231,7 @@ impl Queue {
             free: (0..start.size).rev().collect(),
             flights: (0..start.size).map(|_| Flight::default()).collect(),
             in_flight: 0,
+            handed_over: 0,
             space: Space::new(area.0 + rings, area.1 - rings),
             chain: Chain::default(),
             waiting: false,
@@ -426,12 +430,30 @@ impl Queue {
             region.write(at, &[BLK_IOERR])?;
         }
         flight.busy = true;
+        flight.number = self.handed_over;
+        self.handed_over += 1;
         flight.guest_head = self.chain.head;
         flight.place = (place, length);
         self.in_flight += 1;
         region.store(self.shadow.available_entry(self.shadow_available), head)?;
         self.shadow_available = self.shadow_available.wrapping_add(1);
         Ok(true)
+    }
+
+    /// Puts what the back end has not returned where one that begins at the used index finds it, the
+    /// oldest first, and then what it has not taken. One that tracks what was in flight takes the first of them
+    /// from there, and goes on with the others: what was taken is older than what was not.
+    pub fn offer_again(&mut self, region: &Memory) -> Result<(), Broken> {
+        let mut left: Vec<(u64, u16)> = (0..)
+            .zip(&self.flights)
+            .filter(|(_, f)| f.busy)
+            .map(|(head, f)| (f.number, head))
+            .collect();
+        left.sort_unstable();
+        for (index, (_, head)) in (self.shadow_used..=u16::MAX).chain(0..).zip(left) {
+            region.store(self.shadow.available_entry(index), head)?;
+        }
+        region.store(self.shadow.used + 2, self.shadow_used)
     }
 
     /// Kicks the back end for what it was given, unless it does not need that.

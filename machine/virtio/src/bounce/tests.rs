@@ -46,6 +46,19 @@ fn event(fd: BorrowedFd<'_>) -> Arc<EventFd> {
     Arc::new(EventFd::duplicate(fd).unwrap())
 }
 
+fn start_queue(index: u16, queue: &driver::Queue) -> StartQueue {
+    let addresses = queue.addresses();
+    StartQueue {
+        index,
+        size: QUEUE,
+        descriptors: addresses.descriptor - driver::Memory::USER_BASE,
+        available: addresses.available - driver::Memory::USER_BASE,
+        used: addresses.used - driver::Memory::USER_BASE,
+        kick: event(queue.kick_fd()),
+        call: event(queue.call_fd()),
+    }
+}
+
 struct Setup {
     bounce: Bounce,
     memory: Arc<driver::Memory>,
@@ -82,24 +95,20 @@ impl Setup {
 
     /// Starts the queue under a number.
     fn start(&mut self, index: u16) {
-        let addresses = self.guest.addresses();
         let start = Start {
             features: self.features,
-            queues: vec![StartQueue {
-                index,
-                size: QUEUE,
-                descriptors: addresses.descriptor - driver::Memory::USER_BASE,
-                available: addresses.available - driver::Memory::USER_BASE,
-                used: addresses.used - driver::Memory::USER_BASE,
-                kick: event(self.guest.kick_fd()),
-                call: event(self.guest.call_fd()),
-            }],
+            queues: vec![start_queue(index, &self.guest)],
         };
         self.shadow = self.bounce.start(&start);
     }
 
     fn back_end(&self) -> BackEnd {
-        let q = &self.shadow.queues[0];
+        self.back_end_of(0)
+    }
+
+    /// The back end of the queue that was started at this place.
+    fn back_end_of(&self, place: usize) -> BackEnd {
+        let q = &self.shadow.queues[place];
         let mut queue = virtio_queue::Queue::new(256).unwrap();
         queue.set_size(q.size);
         queue
@@ -363,6 +372,42 @@ fn chains_wait_for_room_and_go_on_in_order() {
         "{error}"
     );
     assert_eq!(s.bounce.poll_entries().count(), 0);
+}
+
+#[test]
+fn queue_that_is_full_does_not_starve_another() {
+    let mut s = Setup::new(CONSOLE, F_EVENT_IDX, 1 << 20);
+    let mut other = driver::Queue::new(&s.memory, QUEUE, true).unwrap();
+    // The driver has not enabled the one between them.
+    s.shadow = s.bounce.start(&Start {
+        features: s.features,
+        queues: vec![start_queue(0, &s.guest), start_queue(2, &other)],
+    });
+    let numbers: Vec<_> = s.shadow.queues.iter().map(|q| q.index).collect();
+    assert_eq!(numbers, [0, 2]);
+    for _ in 0..QUEUE {
+        let buffer = s.buffer(100_000);
+        s.guest.add(&[], &[buffer]).unwrap();
+    }
+    s.publish();
+    s.turn().unwrap();
+    let mut receive = s.back_end_of(0);
+    let waiting = std::iter::from_fn(|| receive.pop()).count();
+    assert!(waiting < QUEUE.into(), "{waiting} receive buffers fit");
+    let mut transmit = s.back_end_of(1);
+    for round in 0..100u8 {
+        let data = s.filled(&[round; 2000]);
+        other.add(&[data], &[]).unwrap();
+        other.publish();
+        other.kick();
+        s.turn().unwrap();
+        let request = transmit.pop().unwrap();
+        assert_eq!(request.1, [round; 2000]);
+        transmit.push(&request, b"");
+        s.turn().unwrap();
+        assert!(other.take_used().is_some());
+    }
+    assert_eq!(s.guest.used_index(), 0);
 }
 
 #[test]
@@ -698,6 +743,61 @@ fn another_back_end_goes_on_where_the_first_has_died() {
         returned += 1;
     }
     assert_eq!(returned, 6, "each once");
+}
+
+#[test]
+fn back_end_that_tracks_nothing_finds_all_that_is_in_flight() {
+    let mut s = Setup::new(CONSOLE, F_EVENT_IDX, 1 << 20);
+    // The indices pass their end on the way.
+    let mut back_end = s.back_end();
+    let one = s.buffer(8);
+    for _ in 0..65_530u32 {
+        s.guest.add(&[], &[one]).unwrap();
+        s.publish();
+        s.turn().unwrap();
+        let request = back_end.pop().unwrap();
+        back_end.push(&request, b"early");
+        s.turn().unwrap();
+        s.guest.take_used().unwrap();
+    }
+    let replies: Vec<_> = (0..12).map(|_| s.buffer(8)).collect();
+    for reply in &replies {
+        s.guest.add(&[], &[*reply]).unwrap();
+    }
+    s.publish();
+    s.turn().unwrap();
+    let taken: Vec<_> = (0..8).map(|_| back_end.pop().unwrap()).collect();
+    // Returned in another order, the last of them without a word.
+    for at in [5, 2, 7] {
+        back_end.push(&taken[at], b"first");
+    }
+    s.bounce.resume().unwrap();
+    let mut next = s.back_end();
+    let used = s.shadow.queues[0].used;
+    let base = s.region.read_obj::<u16>(GuestAddress(used + 2)).unwrap();
+    assert_eq!(base, 65_533);
+    next.queue.set_next_avail(base);
+    next.queue.set_next_used(base);
+    let mut order = Vec::new();
+    while let Some(request) = next.pop() {
+        order.push(request.0);
+        next.push(&request, b"second");
+    }
+    let expected: Vec<u16> = [0, 1, 3, 4, 6]
+        .iter()
+        .map(|at| taken[*at as usize].0)
+        .collect();
+    assert_eq!(order[..5], expected, "the oldest first");
+    assert_eq!(order.len(), 9);
+    s.turn().unwrap();
+    for (i, reply) in replies.iter().enumerate() {
+        let text: &[u8] = if [2, 5, 7].contains(&i) {
+            b"first"
+        } else {
+            b"second"
+        };
+        assert_eq!(s.bytes(*reply)[..text.len()], *text, "{i}");
+    }
 }
 
 #[test]
