@@ -123,6 +123,15 @@ enum Bench {
         #[arg(long, default_value_t = 3)]
         seconds: u32,
     },
+    /// A stream through anemone-vsock: bytes per second, CPU time, latency.
+    Vsock {
+        /// Measurements of each load.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Length of one measurement.
+        #[arg(long, default_value_t = 3)]
+        seconds: u32,
+    },
     /// The software CPU: boot and loops in a guest, beside QEMU's TCG and the host.
     Soft {
         /// Measurements of each engine.
@@ -168,6 +177,7 @@ fn dispatch(command: Command) -> Result<bool> {
             Bench::Memory => bench::memory()?,
             Bench::Block { runs, seconds } => bench::block(runs, seconds)?,
             Bench::Net { runs, seconds } => bench::net(runs, seconds)?,
+            Bench::Vsock { runs, seconds } => bench::vsock(runs, seconds)?,
             Bench::Soft {
                 runs,
                 millis,

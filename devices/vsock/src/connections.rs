@@ -206,14 +206,20 @@ impl Connections {
         Some(())
     }
 
+    /// Names a connection among all that ever had its slot.
+    fn token(&self, number: u16) -> u64 {
+        u64::from(number) | u64::from(self.slot(number).generation.get()) << 32
+    }
+
     fn watch(&mut self, number: u16, fd: OwnedFd) {
-        let token = u64::from(number) | u64::from(self.slot(number).generation.get()) << 32;
+        let token = self.token(number);
         if let Err(error) = self.poller.add(fd.as_fd(), token) {
             // Without events the connection stands still until it is closed.
             warn_limited!("a socket cannot be watched: {error}");
         }
         if let Some(socket) = self.socket(number) {
             socket.fd = Some(fd);
+            socket.writable = true;
         }
     }
 
@@ -325,11 +331,14 @@ impl Connections {
             return;
         };
         socket.readable |= event.readable;
-        socket.writable |= event.writable;
         socket.no_more |= event.no_more;
+        let waited = event.writable && !std::mem::replace(&mut socket.writable, event.writable);
         let slot = self.slot(number);
         if slot.generation.get() != generation {
             return;
+        }
+        if waited {
+            self.watch_room(number, false);
         }
         match slot.phase.get() {
             phase::HELLO => self.hello(number),
@@ -416,10 +425,19 @@ impl Connections {
                 if let Some(socket) = self.socket(number) {
                     socket.writable = false;
                 }
+                self.watch_room(number, true);
             }
             Err(_) => self.host_takes_no_more(number),
         }
         moved as usize
+    }
+
+    fn watch_room(&self, number: u16, on: bool) {
+        if let Some(fd) = self.fd(number)
+            && let Err(error) = self.poller.watch_room(fd, self.token(number), on)
+        {
+            warn_limited!("a socket cannot be watched: {error}");
+        }
     }
 
     /// Writes what waits for the socket.
@@ -493,7 +511,7 @@ impl Connections {
             if slot.phase.get() != phase::DIALING {
                 continue;
             }
-            let id = u64::from(number) | u64::from(slot.generation.get()) << 32;
+            let id = self.token(number);
             let port = slot.host_port.get();
             let asked = match (&self.broker, &self.host) {
                 (Some(broker), _) => broker
@@ -685,15 +703,24 @@ impl Connections {
         None
     }
 
+    /// Not all that waits in a socket has been read.
+    fn may_have_more(&mut self, number: u16) {
+        if let Some(socket) = self.socket(number) {
+            socket.readable = true;
+        }
+    }
+
     /// Gives a connection the next turn.
     fn first_again(&mut self, number: u16) {
+        self.may_have_more(number);
         self.offer_data(number);
         if self.data.back() == Some(&number) {
             self.data.rotate_right(1);
         }
     }
 
-    /// How many bytes to read from a connection's socket for the guest now, at most `most`.
+    /// How many bytes to read from a connection's socket for the guest now, at most `most`. What
+    /// comes after that is an event of its own.
     fn readable(&mut self, number: u16, most: usize) -> Option<usize> {
         let slot = self.slot(number);
         let credit = slot.credit();
@@ -707,14 +734,17 @@ impl Connections {
         self.skip_line(number);
         let no_more = self.socket(number)?.no_more;
         let waiting = sys::waiting(self.fd(number)?).unwrap_or(0);
-        if waiting == 0 {
+        let length = waiting.min(most).min(credit as usize);
+        if length == waiting && !no_more {
             self.socket(number)?.readable = false;
+        }
+        if waiting == 0 {
             if no_more {
                 self.host_sends_no_more(number);
             }
             return None;
         }
-        Some(waiting.min(most).min(credit as usize))
+        Some(length)
     }
 
     fn host_sends_no_more(&mut self, number: u16) {

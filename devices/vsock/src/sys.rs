@@ -42,16 +42,33 @@ impl Poller {
         Ok(Self { fd })
     }
 
-    /// Watches a socket for everything; what is so already is reported, too.
+    /// Watches a socket for bytes to read, and for its end; what is so already is reported, too.
     pub fn add(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        let events = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
+        self.set(libc::EPOLL_CTL_ADD, fd, token, 0)
+    }
+
+    /// Begins or ends to watch it for room to write, too. Only while there is none: each time the
+    /// other side reads would be an event.
+    pub fn watch_room(&self, fd: BorrowedFd<'_>, token: u64, on: bool) -> io::Result<()> {
+        let more = if on { libc::EPOLLOUT } else { 0 };
+        self.set(libc::EPOLL_CTL_MOD, fd, token, more)
+    }
+
+    fn set(
+        &self,
+        operation: libc::c_int,
+        fd: BorrowedFd<'_>,
+        token: u64,
+        more: libc::c_int,
+    ) -> io::Result<()> {
+        let events = libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET | more;
         let mut event = libc::epoll_event {
             events: events as u32,
             u64: token,
         };
         let (set, fd) = (self.fd.as_raw_fd(), fd.as_raw_fd());
         // SAFETY: the event outlives the call.
-        check(unsafe { libc::epoll_ctl(set, libc::EPOLL_CTL_ADD, fd, &raw mut event) })?;
+        check(unsafe { libc::epoll_ctl(set, operation, fd, &raw mut event) })?;
         Ok(())
     }
 

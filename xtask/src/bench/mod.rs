@@ -7,6 +7,7 @@ mod soft;
 mod start;
 mod trace;
 mod vmm;
+mod vsock;
 
 pub use block::run as block;
 pub use memory::{of_family, run as memory};
@@ -14,6 +15,7 @@ pub use net::run as net;
 pub use soft::{Engine, Plan, run as soft};
 pub use start::run as start;
 pub use vmm::ours;
+pub use vsock::run as vsock;
 
 /// The middle of some measurements; 0 of none.
 pub fn median(values: &[f64]) -> f64 {

@@ -131,7 +131,11 @@ impl Connections {
             self.first_again(number);
             return Ok(Delivery::Starved);
         }
-        self.receive(number, ring, buffers)?;
+        let received = self.receive(number, ring, buffers)?;
+        if received < length {
+            // There was less room, or a piece of the stream ended early.
+            self.may_have_more(number);
+        }
         self.offer_data(number);
         Ok(Delivery::Done)
     }
@@ -164,15 +168,15 @@ impl Connections {
         Ok(Delivery::Done)
     }
 
-    /// Reads from a socket into guest buffers and gives those to the guest.
+    /// Reads from a socket into guest buffers and gives those to the guest; how many bytes.
     fn receive(
         &mut self,
         number: u16,
         ring: &mut Vring,
         buffers: &mut Buffers,
-    ) -> Result<(), RingError> {
+    ) -> Result<usize, RingError> {
         let Some(fd) = self.fd(number) else {
-            return Ok(());
+            return Ok(0);
         };
         let (mark, slot) = (self.state.receive(), self.state.slot(number));
         let count = buffers.targets.len();
@@ -204,7 +208,7 @@ impl Connections {
             self.host_takes_no_more(number);
             self.host_sends_no_more(number);
         }
-        Ok(())
+        Ok(total as usize)
     }
 
     /// Makes what buffer `index` of the mark holds a packet; the chain and its length.

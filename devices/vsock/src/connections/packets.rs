@@ -207,7 +207,8 @@ impl Connections {
             }
         }
         slot.taken.set(end);
-        self.settle(number);
+        // A socket that took a part has to say that it takes no more.
+        self.flush(number);
         true
     }
 }

@@ -132,6 +132,9 @@ impl Connections {
         if self.slot(number).flags.has(flag::WANTS) {
             self.wish(number, 0);
         }
+        if matches!(current, phase::OPEN | phase::LINGER) {
+            self.flush(number);
+        }
     }
 
     /// Ends all connections without a word to the guest.
