@@ -14,9 +14,10 @@ use crate::ram::GuestRam;
 
 /// Granularity of what is mapped and given back.
 pub(super) const PAGE: u64 = 4096;
-/// Where the region lies for the back end. Nothing of the guest's is there for it, and an address
-/// of zero would look like a mistake to some.
-pub(super) const BASE: u64 = 1 << 20;
+/// Where the region lies for the back end: where no guest has RAM, and beyond the last page that a
+/// balloon can name by 32 bits. What a guest gives up is never a part of the region.
+pub(super) const BASE: u64 = 1 << 46;
+const _: () = assert!(BASE >= PAGE << 32);
 
 /// Memory by guest-physical address; cheap to clone.
 #[derive(Debug, Clone)]
