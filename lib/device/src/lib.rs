@@ -14,6 +14,17 @@
 //!
 //! The front end is not trusted with the process's life: a request that makes no sense is refused
 //! or ends the connection, and the process serves the next one.
+//!
+//! The process may be killed at any moment, and another with the same arguments takes its place:
+//!
+//! - Chains between [`Vring::pop`] and [`Vring::push_used`] come out of `pop` again, the oldest
+//!   first, and [`Vring::popped_again`] says so. What a request does is thus done at least once; a
+//!   device for which twice is not once sees to it itself.
+//! - [`Host::keep`] has the supervisor keep descriptors, which [`Device::restore`] gets in the new
+//!   process. State that must survive is memory in a file that is mapped shared and kept: what
+//!   belongs together is written aside and made to count by one store, and is validated when it is
+//!   read.
+//! - The old process has ended, and been waited for, before the new one is started.
 
 mod args;
 mod bucket;

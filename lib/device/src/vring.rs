@@ -337,3 +337,160 @@ pub(crate) fn signal(fd: &OwnedFd) {
     // SAFETY: the buffer is 8 bytes long and outlives the call.
     unsafe { libc::write(fd.as_raw_fd(), one.as_ptr().cast(), 8) };
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::fs::File;
+
+    use anemone_vhost_user::InflightDescription;
+
+    use super::*;
+    use crate::inflight::{Pool, Region};
+
+    const SIZE: u16 = 16;
+    const TABLE: u64 = 0x1000;
+    const AVAILABLE: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    /// The ring as the session starts it.
+    fn start(memory: &Arc<GuestMemoryMmap>, region: &Arc<Region>) -> Vring {
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue
+            .try_set_desc_table_address(GuestAddress(TABLE))
+            .unwrap();
+        queue
+            .try_set_avail_ring_address(GuestAddress(AVAILABLE))
+            .unwrap();
+        queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+        queue.set_ready(true);
+        let used = queue.used_idx(&**memory, Ordering::Acquire).unwrap().0;
+        queue.set_next_used(used);
+        let (tracker, recovered) = Tracker::start(region, 0, SIZE, used, 0).unwrap();
+        queue.set_next_avail(recovered.next_avail);
+        let again = Again::new(&recovered.again, &queue, memory).unwrap();
+        Vring {
+            index: 0,
+            queue,
+            memory: Arc::clone(memory),
+            kick: File::open("/dev/null").unwrap().into(),
+            call: None,
+            err: None,
+            features: 0,
+            untold: 0,
+            tracker: Some(tracker),
+            again,
+            popped_again: false,
+            popped_new: 0,
+        }
+    }
+
+    /// Offers, takes, returns in any order and number, puts back, and starts anew, at random: every
+    /// chain is returned once, and a new start finds what was in flight in the order in which it was
+    /// taken.
+    #[test]
+    fn whatever_happens_each_chain_is_taken_until_it_is_returned() {
+        let ranges = [(GuestAddress(0), 0x4000)];
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let mut pool = Pool::new(1).unwrap();
+        let asked = InflightDescription {
+            size: 0,
+            offset: 0,
+            queues: 1,
+            queue_size: SIZE,
+        };
+        let (description, fd) = pool.give(&asked).unwrap();
+        let region = Arc::new(Region::map(&description, fd).unwrap());
+        let mut state = 0x2545_f491_4f6c_dd1du64;
+        let mut random = |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below as u64) as usize
+        };
+        let mut ring = start(&memory, &region);
+        let mut free: Vec<u16> = (0..SIZE).collect();
+        // Offered and not taken; in flight, the oldest first; of those, the ones to be taken again.
+        let mut offered: VecDeque<u16> = VecDeque::new();
+        let mut in_flight: Vec<u16> = Vec::new();
+        let mut pending: VecDeque<u16> = VecDeque::new();
+        // What was popped since the start and not put back, and whether again; what of it is held.
+        let mut popped: Vec<(u16, bool)> = Vec::new();
+        let mut held: Vec<u16> = Vec::new();
+        let mut available = 0u16;
+        for _ in 0..200_000 {
+            match random(10) {
+                0..3 if !free.is_empty() => {
+                    let head = free.swap_remove(random(free.len()));
+                    let entry = AVAILABLE + 4 + 2 * u64::from(available % SIZE);
+                    memory.write_obj(head, GuestAddress(entry)).unwrap();
+                    available = available.wrapping_add(1);
+                    memory
+                        .write_obj(available, GuestAddress(AVAILABLE + 2))
+                        .unwrap();
+                    offered.push_back(head);
+                }
+                0..6 => {
+                    assert_eq!(ring.pops_again(), !pending.is_empty());
+                    let head = ring.pop().unwrap().map(|chain| chain.head_index());
+                    let expected = match ring.popped_again() {
+                        true => pending.pop_front(),
+                        false => offered.pop_front(),
+                    };
+                    assert_eq!(head, expected);
+                    if let Some(head) = head {
+                        popped.push((head, ring.popped_again()));
+                        held.push(head);
+                        if !ring.popped_again() {
+                            in_flight.push(head);
+                        }
+                    }
+                }
+                6..8 if !held.is_empty() => {
+                    // Some of those that are held, in any order.
+                    let count = 1 + random(held.len());
+                    let heads: Vec<_> = (0..count)
+                        .map(|_| held.swap_remove(random(held.len())))
+                        .collect();
+                    let next = ring.queue.next_used();
+                    let chains: Vec<_> = heads.iter().map(|&head| (head, 7)).collect();
+                    ring.push_used_all(&chains).unwrap();
+                    for (i, head) in (0..).zip(&heads) {
+                        let at = USED + 4 + 8 * u64::from(next.wrapping_add(i) % SIZE);
+                        let element: u64 = memory.read_obj(GuestAddress(at)).unwrap();
+                        assert_eq!(element, u64::from(*head) | 7 << 32);
+                    }
+                    in_flight.retain(|head| !heads.contains(head));
+                    popped.iter_mut().for_each(|(head, _)| {
+                        if heads.contains(head) {
+                            *head = u16::MAX;
+                        }
+                    });
+                    free.extend(heads);
+                }
+                8 => {
+                    let last = popped
+                        .iter()
+                        .rev()
+                        .take_while(|(head, _)| *head != u16::MAX);
+                    let count = random(last.count() + 1);
+                    ring.put_back(count as u16);
+                    for (head, again) in popped.split_off(popped.len() - count).into_iter().rev() {
+                        held.retain(|&other| other != head);
+                        if again {
+                            pending.push_front(head);
+                        } else {
+                            offered.push_front(head);
+                            in_flight.retain(|&other| other != head);
+                        }
+                    }
+                }
+                _ => {
+                    ring = start(&memory, &region);
+                    (held, popped) = (Vec::new(), Vec::new());
+                    pending = in_flight.iter().copied().collect();
+                }
+            }
+        }
+    }
+}
