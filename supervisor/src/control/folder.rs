@@ -25,7 +25,7 @@ pub fn path() -> PathBuf {
 /// Makes sure that the folder is there and that nobody else can change what is in it.
 pub fn make(folder: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => check(folder),
     }
 }
