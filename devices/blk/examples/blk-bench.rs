@@ -196,8 +196,13 @@ fn start_bounced(device: &mut Device, inflight: bool) -> Result<Copying, Box<dyn
     let frontend = &mut device.frontend;
     frontend.set_mem_table(&table)?;
     if inflight {
-        let (fd, size, offset) = frontend.get_inflight_fd(1, QUEUE_SIZE)?;
-        frontend.set_inflight_fd(fd.as_fd(), size, offset, 1, QUEUE_SIZE)?;
+        match frontend.get_inflight_fd(1, QUEUE_SIZE) {
+            Ok((fd, size, offset)) => {
+                frontend.set_inflight_fd(fd.as_fd(), size, offset, 1, QUEUE_SIZE)?;
+            }
+            Err(anemone_vhost_user::Error::NotNegotiated(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     for q in &start.queues {
         frontend.set_vring_num(q.index, q.size)?;
