@@ -401,6 +401,26 @@ fn idle_connections_by_the_hundred_outlive_the_process() {
 }
 
 #[test]
+fn a_planned_restart_keeps_connections_too() {
+    let mut setup = start();
+    let listener = setup.listen(HOST_PORT);
+    let number = setup.guest.connect(HOST_PORT).unwrap();
+    setup.run_until(|guest| guest.streams[number].open);
+    let mut host = listener.accept().unwrap().0;
+    host.set_read_timeout(Some(PATIENCE)).unwrap();
+    for round in 0..5 {
+        assert_eq!(setup.guest.write(number, &[round]).unwrap(), 1);
+        host.write_all(&[round]).unwrap();
+        setup.guest.device.retire().unwrap();
+        let mut byte = [0];
+        host.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, [round]);
+        setup.run_until(|guest| !guest.streams[number].data.is_empty());
+        assert_eq!(setup.guest.read(number).unwrap(), [round]);
+    }
+}
+
+#[test]
 fn what_waits_for_a_slow_host_is_there_after_the_kill() {
     let mut setup = start();
     let listener = setup.listen(HOST_PORT);

@@ -177,7 +177,9 @@ impl<D: Device> MainLoop<D> {
                 Err(error) => break Err(error),
             }
         };
-        self.disconnect();
+        if let Some(session) = self.session.take() {
+            session.finish(&mut self.device);
+        }
         result
     }
 

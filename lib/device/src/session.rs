@@ -96,9 +96,18 @@ impl Session {
 
     /// Stops everything; the device is ready for another connection.
     pub fn end(mut self, device: &mut dyn Device) {
+        self.stop_serving(device);
+        device.reset();
+    }
+
+    /// Stops everything, because the process ends. The guest may go on with the next one.
+    pub fn finish(mut self, device: &mut dyn Device) {
+        self.stop_serving(device);
+    }
+
+    fn stop_serving(&mut self, device: &mut dyn Device) {
         self.stop_all(device);
         self.host.set_requests(None);
-        device.reset();
     }
 
     fn handle(

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -93,6 +93,28 @@ impl Replaceable {
     /// The process does not start.
     pub fn replace_process(&mut self) -> Result<UnixStream> {
         self.process.child().kill()?;
+        self.start_next()
+    }
+
+    /// Like [`replace`](Self::replace), but the process is told to end, as for a new version of the
+    /// program, and must end well.
+    ///
+    /// # Errors
+    /// It does not, or the new process does not do its part.
+    pub fn retire(&mut self) -> Result<()> {
+        let control = self.process.control.as_fd().as_raw_fd();
+        // SAFETY: no pointers. The process reads the end of the channel; what it says can be heard.
+        unsafe { libc::shutdown(control, libc::SHUT_WR) };
+        let status = self.process.wait()?;
+        if !status.success() {
+            return Err(Error::Ended(status));
+        }
+        let socket = self.start_next()?;
+        self.device.reconnect(socket)
+    }
+
+    /// Starts a process in the place of one that is about to be gone.
+    fn start_next(&mut self) -> Result<UnixStream> {
         self.process.wait()?;
         // What it sent before it died counts.
         collect(&self.process, &mut self.kept, None, false)?;
