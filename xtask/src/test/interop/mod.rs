@@ -3,6 +3,7 @@
 
 mod blk;
 mod daemons;
+mod qtest;
 mod rng;
 
 use std::path::{Path, PathBuf};
@@ -29,6 +30,10 @@ type Test = (&'static str, fn(&Context) -> Result<()>);
 const TESTS: &[Test] = &[
     ("qemu boots from anemone-blk, two queues", blk::two_queues),
     ("qemu boots from anemone-blk without io_uring", blk::sync),
+    (
+        "qemu goes on when anemone-blk is killed and started again",
+        blk::restarts,
+    ),
     ("qemu has random numbers of anemone-rng", rng::under_qemu),
     ("vhost-device-rng under our VMM", rng::foreign),
 ];
