@@ -6,7 +6,8 @@ use std::str::FromStr;
 
 use anemone_config::{
     Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, Net, OnPanic, OnReboot,
-    PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Switch, Vm, Vsock, keyvalue,
+    PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Switch, VhostUser, Vm,
+    Vsock, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -223,6 +224,16 @@ pub struct VmArgs {
     /// by default 3), socket, id, slot, binary.
     #[arg(long, value_name = "socket=PATH[,KEY=VALUE...]", value_parser = list::<Vsock>)]
     vsock: Option<Vsock>,
+    /// A device whose vhost-user back end somebody else has started; may be given several times.
+    /// Keys: type (net, blk, console, rng, scsi, input, vsock, sound, fs, i2c, gpio and others, or a
+    /// number), socket, queues, config-size, memory, id, slot.
+    #[arg(
+        long,
+        value_name = "TYPE,socket=PATH[,KEY=VALUE...]",
+        value_parser = list::<VhostUser>,
+        value_hint = ValueHint::FilePath
+    )]
+    vhost_user: Vec<VhostUser>,
     /// The device by which the guest reports a kernel panic: on (the default), off or slot=N.
     #[arg(long, value_name = "on|off|slot=N", value_parser = switch::<PanicDevice>)]
     panic_device: Option<Switch<PanicDevice>>,
@@ -312,6 +323,7 @@ impl VmArgs {
         replace_optional(&mut config.rng, self.rng);
         config.pmem.extend(self.pmem);
         replace_optional(&mut config.vsock, self.vsock);
+        config.vhost_user.extend(self.vhost_user);
         replace_optional(&mut config.panic_device, self.panic_device);
         replace(&mut config.on_reboot, self.on_reboot);
         replace(&mut config.on_panic, self.on_panic);

@@ -163,6 +163,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
         Kind::Rng { .. } => "rng",
         Kind::Vsock { .. } => "vsock",
         Kind::Net(_) => "net",
+        Kind::External { .. } => "vhost-user",
     }
 }
 

@@ -87,16 +87,9 @@ pub fn build(
                 return Ok(None);
             };
             let socket = received.take(index)?.into();
-            // The configuration of persistent memory is the machine's, whoever serves it.
-            let own = pmem.iter().any(|pmem| pmem.slot == device.slot);
-            let config_size = if own { 0 } else { device.config_size };
-            let device = Device {
-                config_size,
-                ..device.clone()
-            };
-            let bounce = bounce(&device, received, &ram)?;
+            let bounce = bounce(device, received, &ram)?;
             let (shared, happenings) = (shared.clone(), happenings.clone());
-            Starting::begin(&device, socket, shared, bounce, happenings, mode).map(Some)
+            Starting::begin(device, socket, shared, bounce, happenings, mode).map(Some)
         })
         .collect::<Result<Vec<_>, Error>>()?;
 

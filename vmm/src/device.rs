@@ -19,6 +19,22 @@ const STACK: usize = 128 << 10;
 /// How long a back end may take to answer. It may have to finish disk requests first.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// virtio device type of network cards.
+const NET: u16 = 1;
+/// Features of a network card that need a control queue: CTRL_GUEST_OFFLOADS, CTRL_VQ, CTRL_RX,
+/// CTRL_VLAN, GUEST_ANNOUNCE, MQ, CTRL_MAC_ADDR, and RSS (virtio 1.3, 5.1.3).
+const NEED_CONTROL_QUEUE: u64 =
+    1 << 2 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 60;
+
+/// Back ends offer what needs a control queue also where the front end is to serve that queue, which
+/// this one does not: it is there only if the back end has it, behind the pairs of queues.
+fn withheld(device: &Device) -> u64 {
+    match device.device_type {
+        NET if device.queues.is_multiple_of(2) => NEED_CONTROL_QUEUE,
+        _ => 0,
+    }
+}
+
 /// A device whose back end is being asked what it offers.
 pub struct Starting {
     id: String,
@@ -44,6 +60,9 @@ impl Starting {
         let limits = Limits {
             queues: config.queues,
             config_size: config.config_size,
+            // Some network back ends leave the configuration to the front end.
+            config_optional: config.device_type == NET,
+            withheld: withheld(config),
             patience: PATIENCE,
         };
         let body = {

@@ -13,6 +13,7 @@ use crate::value::{
     AccelType, CommandLine, CpuModel, DiskSerial, Exposure, Format, Id, Ids, Machine, MemorySize,
     OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, Within,
 };
+use crate::vhost_user::VhostUser;
 use crate::vsock::Vsock;
 
 /// Why a configuration file could not be read.
@@ -106,6 +107,12 @@ pub struct Config {
         deserialize_with = "short::optional_table"
     )]
     pub vsock: Option<Vsock>,
+    /// Devices whose back ends somebody else has started.
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "short::tables"
+    )]
+    pub vhost_user: Vec<VhostUser>,
     /// The device by which a guest reports that its kernel panicked; by default there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub panic_device: Option<Switch<PanicDevice>>,
@@ -404,6 +411,7 @@ impl Config {
         for pmem in &mut self.pmem {
             paths.extend([&mut pmem.path, &mut pmem.binary]);
         }
+        paths.extend(self.vhost_user.iter_mut().map(|device| &mut device.socket));
         for net in &mut self.net {
             paths.extend([&mut net.passt, &mut net.binary]);
         }

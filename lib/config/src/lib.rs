@@ -16,6 +16,7 @@ pub mod keyvalue;
 mod net;
 mod short;
 mod value;
+mod vhost_user;
 mod vm;
 mod vsock;
 
@@ -29,5 +30,6 @@ pub use value::{
     NetType, OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError,
     Within,
 };
+pub use vhost_user::{DeviceType, VhostUser};
 pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};
 pub use vsock::{Cid, Vsock};

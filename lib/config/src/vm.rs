@@ -9,6 +9,7 @@ use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
 use crate::net::{self, Card};
 use crate::short::Switch;
 use crate::value::{AccelType, CommandLine, Exposure, Format, Id, SinkType, Size, Within};
+use crate::vhost_user::DeviceType;
 use crate::vsock::Cid;
 
 /// A configuration that contradicts itself or lacks something.
@@ -58,6 +59,14 @@ pub enum Invalid {
         /// The keys in question.
         keys: &'static str,
     },
+    /// A device lacks something for which there is no default.
+    #[error("`{owner}`: `{key}` is missing")]
+    Missing {
+        /// The device.
+        owner: String,
+        /// The key.
+        key: &'static str,
+    },
     /// A key that has no meaning beside another one.
     #[error("`{owner}`: `{key}` has no meaning {because}")]
     Meaningless {
@@ -72,7 +81,7 @@ pub enum Invalid {
     #[error(
         "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
          1 to 31 (by default console 1, rng 2, panic device 3, vsock 5, disks from 8, network cards \
-         from 16 and pmem from 24 on)"
+         from 16, pmem from 24 and vhost-user from 28 on)"
     )]
     SlotTaken {
         /// The slot.
@@ -186,6 +195,13 @@ pub enum Kind {
     },
     /// A network card.
     Net(Card),
+    /// A device of any type, whose back end is a [`Backend::Socket`].
+    External {
+        /// Its type.
+        device_type: DeviceType,
+        /// Length of the device-specific configuration in bytes.
+        config_size: u16,
+    },
 }
 
 /// Persistent memory comes in pieces of this many bytes: what Linux can make memory of
@@ -235,6 +251,7 @@ impl Kind {
             Self::Rng { .. } => 4,
             Self::Pmem { .. } => 27,
             Self::Vsock { .. } => 19,
+            Self::External { device_type, .. } => device_type.get(),
         }
     }
 
@@ -248,6 +265,7 @@ impl Kind {
             Self::Console { .. } | Self::Net(_) => 12,
             Self::Rng { .. } | Self::Pmem { .. } => 0,
             Self::Vsock { .. } => 8,
+            Self::External { config_size, .. } => *config_size,
         }
     }
 }
@@ -326,6 +344,9 @@ impl Config {
         let vm = self.name.as_ref().map_or("", Id::as_str);
         for (number, net) in (0u16..).zip(&mut self.net) {
             devices.push(net::resolve(net, vm, number, &mut names)?);
+        }
+        for (number, device) in (0u16..).zip(&mut self.vhost_user) {
+            devices.push(device.resolve(number, &mut names)?);
         }
         let has_console = devices
             .iter()

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anemone_config::{
     Backend, Config, Console, Cpus, Disk, Exposure, Id, Invalid, Kind, Mac, Net, NetType,
-    PanicDevice, Pmem, Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink, Vm,
-    Vsock, Within,
+    PanicDevice, Pmem, Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink,
+    VhostUser, Vm, Vsock, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -454,6 +454,47 @@ fn contradictions_are_refused() {
     assert_eq!(Config::default().resolve(), Err(Invalid::NoKernel));
 }
 
+#[test]
+fn devices_of_any_type() {
+    let vm = resolve(
+        "vhost-user = [\"i2c,socket=/a\", \"type=50,socket=/b,queues=5,config-size=9,id=x,slot=4\"]",
+    )
+    .unwrap();
+    let devices: Vec<_> = vm.devices[1..]
+        .iter()
+        .map(|device| {
+            let kind = &device.kind;
+            let numbers = (kind.device_type(), device.queues, kind.config_size());
+            (device.id.as_str(), device.slot, numbers)
+        })
+        .collect();
+    assert_eq!(
+        devices,
+        [("vhost-user0", 28, (34, 1, 0)), ("x", 4, (50, 5, 9))]
+    );
+    for (text, part) in [
+        ("socket=/a", "`type` is missing"),
+        ("i2c", "`socket` is missing"),
+        ("50,socket=/a,config-size=1", "`queues` is missing"),
+        ("50,socket=/a,queues=1", "`config-size` is missing"),
+        ("i2c,socket=", "empty path"),
+    ] {
+        let error = resolve(&format!("vhost-user = [\"{text}\"]")).unwrap_err();
+        assert!(error.to_string().contains(part), "{text}: {error}");
+    }
+    for text in [
+        "floppy,socket=/a",
+        "0,socket=/a",
+        "i2c,socket=/a,queues=127",
+    ] {
+        let error = parse(&format!("vhost-user = [\"{text}\"]")).unwrap_err();
+        assert!(
+            error.contains("expected") || error.contains("allowed"),
+            "{error}"
+        );
+    }
+}
+
 /// The examples of the documentation are valid, and the complete one says everything.
 #[test]
 fn documentation() {
@@ -485,6 +526,7 @@ fn documentation() {
         unknown_key::<Vsock>(),
         unknown_key::<Cpus>(),
         unknown_key::<Restart>(),
+        unknown_key::<VhostUser>(),
         unknown_key::<Net>(),
     ] {
         for key in table.split('`').skip(3).step_by(2) {

@@ -50,6 +50,10 @@ pub struct Limits {
     pub queues: u16,
     /// Bytes of device-specific configuration.
     pub config_size: u16,
+    /// The configuration is all zeroes with a back end that has none.
+    pub config_optional: bool,
+    /// Features that are not passed on, whoever offers them.
+    pub withheld: u64,
     /// How long it may take to answer.
     pub patience: Duration,
 }
@@ -118,6 +122,8 @@ impl Session {
         };
         let config = if limits.config_size == 0 {
             Vec::new()
+        } else if protocol & protocol::CONFIG == 0 && limits.config_optional {
+            vec![0; limits.config_size.into()]
         } else if protocol & protocol::CONFIG == 0 {
             return Err(Error::Lacks("VHOST_USER_PROTOCOL_F_CONFIG"));
         } else {
@@ -142,7 +148,7 @@ impl Session {
             running: Vec::new(),
         };
         let connected = Connected {
-            features,
+            features: features & !limits.withheld,
             queues,
             config,
         };

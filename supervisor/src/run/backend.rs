@@ -108,6 +108,10 @@ impl Prepared {
                 file: clone_of(pmem)?,
                 readonly: *readonly,
             },
+            Kind::External { .. } => {
+                let text = format!("device `{id}`: its back end is always a socket");
+                return Err(Error::Failed(text));
+            }
             Kind::Vsock { cid, socket } => Part::Vsock(Dialer::open(&id, *cid, socket)?),
             Kind::Net(card) => Part::Net(net::open(&id, card, programs)?),
         };
