@@ -190,6 +190,49 @@ fn every_byte_is_appended_to_the_file_once() {
     kills.report("anemone-console, file");
 }
 
+/// Whoever has the pseudo-terminal open keeps it, and misses nothing.
+#[test]
+fn every_byte_reaches_the_terminal_once() {
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    // SAFETY: posix_openpt takes no pointer; the result is a new descriptor or -1, which is checked.
+    // TIOCGPTPEER takes its flags by value and returns a new descriptor or -1.
+    let (master, mut terminal) = unsafe {
+        let master = libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
+        assert!(master >= 0);
+        let master = OwnedFd::from_raw_fd(master);
+        assert_eq!(libc::unlockpt(master.as_raw_fd()), 0);
+        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let peer = libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags);
+        assert!(peer >= 0);
+        (master, File::from_raw_fd(peer))
+    };
+    let args = ["--pty-fd", "5"];
+    let mut device = Replaceable::start(BINARY, &args, vec![master], &options()).unwrap();
+    let mut guest = Guest::new(&device);
+    let mut kills = Kills::new(KILLS, Duration::from_millis(4));
+    let mut heard = 0;
+    let mut since = Instant::now();
+    while !kills.done() || heard < guest.said {
+        let talks = !kills.done();
+        guest.offer(&mut device, kills.random(), talks);
+        let mut bytes = [0; 4000];
+        match terminal.read(&mut bytes) {
+            Ok(n) => {
+                check(heard, &bytes[..n]);
+                heard += n as u64;
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+        }
+        if kills.strike(&mut device).unwrap() {
+            since = Instant::now();
+        }
+        guest.take(&mut device);
+        assert!(since.elapsed() < LONG, "{heard} of {} bytes", guest.said);
+    }
+    println!("{heard} bytes");
+    kills.report("anemone-console, pseudo-terminal");
+}
+
 /// The same for the byte stream of a UART, as far as its output goes.
 #[test]
 fn every_byte_of_a_uart_arrives_once() {
