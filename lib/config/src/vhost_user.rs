@@ -74,15 +74,23 @@ impl VhostUser {
             }
         };
         (self.queues, self.config_size) = (Some(queues), Some(config_size));
+        let device_type = kind;
         let kind = Kind::External {
-            device_type: kind,
+            device_type,
             config_size: config_size.get(),
         };
         let backend = Backend::Socket(socket);
+        let memory = exposure(&mut self.memory, &kind, &backend);
+        if memory == Exposure::Bounce && ADDRESSING.contains(&device_type.0) {
+            return Err(Invalid::NeedsMemory {
+                owner: id.to_string(),
+                kind: device_type.to_string(),
+            });
+        }
         Ok(Device {
             slot: names.take_slot(&id, &mut self.slot, FIRST_SLOT.saturating_add(number))?,
             queues: queues.get(),
-            memory: exposure(&mut self.memory, &kind, &backend),
+            memory,
             backend,
             kind,
             id,
@@ -134,6 +142,10 @@ const TYPES: &[Usual] = &[
     usual("can", 36, 3, 2),
     usual("gpio", 41, 2, 8),
 ];
+
+/// Types whose requests name guest memory by its address, besides the buffers of their chains: gpu,
+/// iommu and mem (virtio 1.3, 5.7, 5.13 and 5.15).
+const ADDRESSING: &[u16] = &[16, 23, 24];
 
 /// A virtio device type (virtio 1.3, section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -67,6 +67,17 @@ pub enum Invalid {
         /// The key.
         key: &'static str,
     },
+    /// A device that cannot be served without guest memory.
+    #[error(
+        "`{owner}`: needs `memory=shared`: requests to a device of type {kind} name guest memory by its \
+         address, and with `bounce` the back end would not find it"
+    )]
+    NeedsMemory {
+        /// The device.
+        owner: String,
+        /// What it is.
+        kind: String,
+    },
     /// A key that has no meaning beside another one.
     #[error("`{owner}`: `{key}` has no meaning {because}")]
     Meaningless {

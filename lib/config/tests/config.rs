@@ -478,10 +478,16 @@ fn devices_of_any_type() {
         ("50,socket=/a,config-size=1", "`queues` is missing"),
         ("50,socket=/a,queues=1", "`config-size` is missing"),
         ("i2c,socket=", "empty path"),
+        ("gpu,socket=/a", "needs `memory=shared`"),
+        (
+            "24,socket=/a,memory=bounce",
+            "of type mem name guest memory",
+        ),
     ] {
         let error = resolve(&format!("vhost-user = [\"{text}\"]")).unwrap_err();
         assert!(error.to_string().contains(part), "{text}: {error}");
     }
+    resolve("vhost-user = [\"gpu,socket=/a,memory=shared\"]").unwrap();
     for text in [
         "floppy,socket=/a",
         "0,socket=/a",
