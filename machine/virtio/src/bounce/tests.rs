@@ -975,3 +975,156 @@ proptest! {
         }
     }
 }
+
+/// What a hostile side does next.
+#[derive(Debug, Clone)]
+enum Step {
+    /// The guest offers a chain of these lengths, in a table or not.
+    Offer(Vec<u32>, bool),
+    /// Somebody writes a 16-bit word at an index into the rings.
+    Word(prop::sample::Index, u16),
+    /// Somebody writes a descriptor.
+    Descriptor(u16, u64, u32, u16, u16),
+    /// Somebody returns a chain and counts on.
+    Return(u32, u32),
+    /// The device thread takes its turn.
+    Turn,
+    /// Another back end takes over.
+    Resume,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let lengths = prop::collection::vec(prop_oneof![0..70u32, 4090..4200u32], 1..5);
+    let address = prop_oneof![0..RAM + 5000, Just(u64::MAX - 20), BASE..BASE + 5000];
+    let step = prop_oneof![
+        4 => (lengths, any::<bool>()).prop_map(|(l, t)| Step::Offer(l, t)),
+        1 => (any::<prop::sample::Index>(), any::<u16>()).prop_map(|(i, w)| Step::Word(i, w)),
+        1 => (0..QUEUE, address, prop_oneof![0..5000u32, any::<u32>()], 0..8u16, 0..QUEUE + 2)
+            .prop_map(|(i, a, l, f, n)| Step::Descriptor(i, a, l, f, n)),
+        3 => (0..u32::from(QUEUE) + 1, prop_oneof![0..9000u32, any::<u32>()])
+            .prop_map(|(h, l)| Step::Return(h, l)),
+        4 => Just(Step::Turn),
+        1 => Just(Step::Resume),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+/// Bytes of both sides' rings, one part after the other.
+fn ring_bytes() -> u64 {
+    u64::from(QUEUE) * 26 + 14
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// A back end that writes what it likes into its region, whenever it likes, changes nothing in guest
+    /// memory but the buffers that it was given to write, and the used ring.
+    #[test]
+    fn hostile_back_end_reaches_nothing_else(
+        steps in steps(),
+        features in prop::sample::select(all_features().to_vec()),
+        device_type in prop::sample::select(vec![CONSOLE, BLOCK]),
+    ) {
+        let mut s = Setup::new(device_type, features, 3 * (96 << 10));
+        let q = s.shadow.queues[0].clone();
+        // All that the driver allocates later lies below.
+        let canary = 4 << 20;
+        let pattern: Vec<u8> = (0..65536u32).map(|i| (i * 7) as u8).collect();
+        s.memory.write(canary, &pattern);
+        let mut readable = Vec::new();
+        let mut writable = Vec::new();
+        let mut used = 0u16;
+        for step in steps {
+            match step {
+                Step::Offer(lengths, table) => {
+                    let half = lengths.len() / 2;
+                    let request: Vec<_> = lengths[..half].iter().map(|l| s.filled(&vec![0x77; *l as usize])).collect();
+                    let reply: Vec<_> = lengths[half..].iter().map(|l| s.buffer(*l)).collect();
+                    if table && features & F_INDIRECT_DESC != 0 {
+                        s.guest.add_indirect(&request, &reply);
+                    } else {
+                        s.guest.add(&request, &reply);
+                    }
+                    s.publish();
+                    readable.extend(request);
+                    writable.extend(reply);
+                }
+                Step::Word(index, word) => {
+                    let at = q.descriptors + index.index(ring_bytes() as usize / 2) as u64 * 2;
+                    s.region.write_obj(word, GuestAddress(at)).unwrap();
+                }
+                Step::Descriptor(index, address, length, flags, next) => {
+                    let d = Descriptor { address, length, flags, next };
+                    let at = GuestAddress(q.descriptors + 16 * u64::from(index));
+                    s.region.write_slice(&d.bytes(), at).unwrap();
+                }
+                Step::Return(head, length) => {
+                    let entry = q.used + 4 + 8 * u64::from(used % QUEUE);
+                    s.region.write_obj(head, GuestAddress(entry)).unwrap();
+                    s.region.write_obj(length, GuestAddress(entry + 4)).unwrap();
+                    used = used.wrapping_add(1);
+                    s.region.write_obj(used, GuestAddress(q.used + 2)).unwrap();
+                    q.call.signal();
+                }
+                Step::Turn => drop(s.turn()),
+                Step::Resume => drop(s.bounce.resume()),
+            }
+        }
+        let _ = s.turn();
+        prop_assert!(s.memory.read_vec(canary, pattern.len()) == pattern);
+        for buffer in readable {
+            prop_assert!(s.bytes(buffer).iter().all(|b| *b == 0x77));
+        }
+        // Looks at the bytes around them, too.
+        for buffer in writable {
+            s.bytes(buffer);
+        }
+    }
+
+    /// A guest that writes what it likes into its own rings breaks its device at worst.
+    #[test]
+    fn hostile_guest_harms_itself_only(
+        steps in steps(),
+        features in prop::sample::select(all_features().to_vec()),
+        device_type in prop::sample::select(vec![CONSOLE, BLOCK, BALLOON]),
+    ) {
+        let mut s = Setup::new(device_type, features, 3 * (96 << 10));
+        let descriptors = s.guest.addresses().descriptor - driver::Memory::USER_BASE;
+        let mut back_end = s.back_end();
+        let mut broken = false;
+        for step in steps {
+            match step {
+                Step::Offer(lengths, table) => {
+                    let all: Vec<_> = lengths.iter().map(|l| s.buffer(*l)).collect();
+                    if table {
+                        s.guest.add_indirect(&all, &[]);
+                    } else {
+                        s.guest.add(&all, &[]);
+                    }
+                    s.publish();
+                }
+                Step::Word(index, word) => {
+                    let at = descriptors + index.index(ring_bytes() as usize / 2) as u64 * 2;
+                    s.memory.write(at, &word.to_le_bytes());
+                    s.guest.force_kick();
+                }
+                Step::Descriptor(index, address, length, flags, next) => {
+                    let d = driver::Descriptor { addr: address, len: length, flags, next };
+                    s.guest.write_descriptor(index, &d);
+                    s.guest.offer_raw(index);
+                }
+                Step::Return(..) if !broken => {
+                    // A well-behaved one: what it is given is always within its region.
+                    while let Some(request) = back_end.pop() {
+                        let data = answer(&request.1);
+                        back_end.push(&request, &data);
+                    }
+                }
+                Step::Turn => broken |= s.turn().is_err(),
+                Step::Resume => broken |= s.bounce.resume().is_err(),
+                Step::Return(..) => {}
+            }
+            prop_assert_eq!(broken, s.bounce.poll_entries().count() == 0);
+        }
+    }
+}
