@@ -356,3 +356,6 @@ impl Thread<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -507,4 +507,4 @@ fn class_of(device_type: u16) -> u32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -85,16 +85,17 @@ impl Vm for Accelerator {
 }
 
 const BAR_AT: u64 = 0xC010_0000;
-const FEATURES: u64 = feature::VERSION_1 | 1 << 29 | 1 << 9;
+pub(crate) const FEATURES: u64 = feature::VERSION_1 | 1 << 29 | 1 << 9;
 
-struct Driver {
-    device: VirtioPci,
+pub(crate) struct Driver {
+    pub(crate) device: VirtioPci,
     accel: Arc<Accelerator>,
-    work: Arc<WorkQueue>,
+    pub(crate) work: Arc<WorkQueue>,
+    pub(crate) ram: Arc<GuestRam>,
 }
 
 impl Driver {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let accel = Arc::<Accelerator>::default();
         let work = Arc::new(WorkQueue::new().unwrap());
         let memory = EventFd::new()
@@ -116,16 +117,18 @@ impl Driver {
             features: FEATURES | 1 << 34 | 1 << 30,
             config: vec![1, 2, 3, 4, 5, 6, 7, 8],
         };
-        let device = VirtioPci::new(layout, accel.clone(), Arc::new(ram), work.clone()).unwrap();
+        let ram = Arc::new(ram);
+        let device = VirtioPci::new(layout, accel.clone(), ram.clone(), work.clone()).unwrap();
         device.config_write(4, &[6, 0]);
         Self {
             device,
             accel,
             work,
+            ram,
         }
     }
 
-    fn read<const N: usize>(&self, offset: u64) -> u64 {
+    pub(crate) fn read<const N: usize>(&self, offset: u64) -> u64 {
         let mut data = [0; N];
         self.device.bar_read(0, offset, &mut data);
         data.iter()
@@ -133,15 +136,15 @@ impl Driver {
             .fold(0, |value, byte| value << 8 | u64::from(*byte))
     }
 
-    fn write<const N: usize>(&self, offset: u64, value: u64) {
+    pub(crate) fn write<const N: usize>(&self, offset: u64, value: u64) {
         self.device.bar_write(0, offset, &value.to_le_bytes()[..N]);
     }
 
-    fn status(&self) -> u8 {
+    pub(crate) fn status(&self) -> u8 {
         self.read::<1>(20) as u8
     }
 
-    fn negotiate(&self, features: u64) {
+    pub(crate) fn negotiate(&self, features: u64) {
         self.write::<1>(20, 1);
         self.write::<1>(20, 3);
         for half in 0..2 {
@@ -151,7 +154,7 @@ impl Driver {
         self.write::<1>(20, 11);
     }
 
-    fn set_up_queue(&self, index: u64, at: u64) {
+    pub(crate) fn set_up_queue(&self, index: u64, at: u64) {
         self.write::<2>(22, index);
         self.write::<2>(24, 64);
         self.write::<2>(26, index + 1);
