@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anemone_config::{
-    Accel, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, Net, OnPanic, OnReboot,
-    PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Switch, VhostUser, Vm,
-    Vsock, keyvalue,
+    Accel, Balloon, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, Net, OnPanic,
+    OnReboot, PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Size, Switch,
+    VhostUser, Vm, Vsock, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -129,6 +129,18 @@ pub enum Command {
         /// Id of the device.
         id: String,
     },
+    /// Print how large the memory balloon of a running VM is, how large it is to be, and the guest's
+    /// statistics; give it another size first if there is one.
+    Balloon {
+        /// Name of the VM, or process id of its `anemone run`.
+        #[arg(value_name = "NAME|PID")]
+        vm: String,
+        /// How much the balloon is to take from the guest, for example 256M; 0 for nothing.
+        size: Option<Size>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Press the power button of a running VM.
     PowerButton {
         /// Name of the VM, or process id of its `anemone run`.
@@ -210,6 +222,17 @@ pub struct VmArgs {
         value_parser = switch::<Rng>
     )]
     rng: Option<Switch<Rng>>,
+    /// A memory balloon. Keys: size (taken from the guest at first), deflate-on-oom, reporting,
+    /// stats-interval (seconds), id, slot, binary; or off.
+    #[arg(
+        long,
+        value_name = "KEY=VALUE...",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        value_parser = switch::<Balloon>
+    )]
+    balloon: Option<Switch<Balloon>>,
     /// Persistent memory, a file that the guest maps; may be given several times. Keys: path, size,
     /// readonly, id, slot, binary.
     #[arg(
@@ -321,6 +344,7 @@ impl VmArgs {
         replace_optional(&mut config.console, self.console);
         replace_optional(&mut config.serial, self.serial);
         replace_optional(&mut config.rng, self.rng);
+        replace_optional(&mut config.balloon, self.balloon);
         config.pmem.extend(self.pmem);
         replace_optional(&mut config.vsock, self.vsock);
         config.vhost_user.extend(self.vhost_user);

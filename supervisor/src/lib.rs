@@ -66,6 +66,9 @@ fn dispatch(cli: Cli) -> Result<(), Error> {
         Command::CpuModels { json } => cpu_models::print(json, log_level),
         Command::Status { vm, json } => control::client::print_status(vm.as_deref(), json),
         Command::RestartDevice { vm, id } => control::client::restart_device(&vm, &id),
+        Command::Balloon { vm, size, json } => {
+            control::client::balloon(&vm, size.map(|size| size.0), json)
+        }
         Command::PowerButton { vm } => control::client::power_button(&vm),
         Command::Doctor { json, policies } => doctor::print(json, policies, log_level),
     }

@@ -43,6 +43,13 @@ pub const ACCELERATORS: &[Entry] = &[
 
 /// The device back ends of this build.
 pub const DEVICES: &[Entry] = &[
+    #[cfg(feature = "balloon")]
+    Entry {
+        name: "balloon",
+        summary: "virtio memory balloon",
+        program: "anemone-balloon",
+        default: false,
+    },
     #[cfg(feature = "blk")]
     Entry {
         name: "blk",
@@ -159,6 +166,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
     match kind {
         Kind::Disk { .. } => "blk",
         Kind::Console { .. } => "console",
+        Kind::Balloon { .. } => "balloon",
         Kind::Pmem { .. } => "pmem",
         Kind::Rng { .. } => "rng",
         Kind::Vsock { .. } => "vsock",

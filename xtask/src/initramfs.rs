@@ -19,6 +19,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_console",
     "virtio_blk",
     "virtio_rng",
+    "virtio_balloon",
     "virtio_pmem",
     "nd_pmem",
     "virtio_net",

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
+use crate::balloon::Balloon;
 use crate::net::Net;
 use crate::short::{self, Short, Switch};
 use crate::value::{
@@ -95,6 +96,9 @@ pub struct Config {
     /// The virtio entropy source; by default there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rng: Option<Switch<Rng>>,
+    /// The memory balloon; by default there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Switch<Balloon>>,
     /// Persistent memory, in the order of default slots.
     #[serde(
         skip_serializing_if = "Vec::is_empty",
@@ -428,6 +432,9 @@ impl Config {
         }
         if let Some(Switch::On(rng)) = &mut self.rng {
             paths.extend([&mut rng.binary, &mut rng.socket]);
+        }
+        if let Some(Switch::On(balloon)) = &mut self.balloon {
+            paths.push(&mut balloon.binary);
         }
         if let Some(vsock) = &mut self.vsock {
             paths.extend([&mut vsock.socket, &mut vsock.binary]);

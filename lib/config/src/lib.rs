@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod config;
 pub mod keyvalue;
 mod net;
@@ -20,6 +21,7 @@ mod vhost_user;
 mod vm;
 mod vsock;
 
+pub use balloon::Balloon;
 pub use config::{
     Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Restart, Rng, Serial,
 };

@@ -48,6 +48,18 @@ pub enum Invalid {
     /// A network card without a network.
     #[error("`{0}`: needs `tap` (a tap of this host) or the type `user` (passt)")]
     NoUplink(String),
+    /// The balloon cannot take so much.
+    #[error(
+        "`{id}`: `size`: found {size}, allowed: a multiple of 4K below the {memory} of the guest's memory"
+    )]
+    BalloonSize {
+        /// The device.
+        id: String,
+        /// What was found.
+        size: Size,
+        /// The guest's memory.
+        memory: Size,
+    },
     /// A path without a character.
     #[error("`{0}`: found an empty path")]
     EmptyPath(String),
@@ -91,7 +103,7 @@ pub enum Invalid {
     /// Two devices claim a slot.
     #[error(
         "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
-         1 to 31 (by default console 1, rng 2, panic device 3, vsock 5, disks from 8, network cards \
+         1 to 31 (by default console 1, rng 2, panic device 3, balloon 4, vsock 5, disks from 8, network cards \
          from 16, pmem from 24 and vhost-user from 28 on)"
     )]
     SlotTaken {
@@ -188,6 +200,17 @@ pub enum Kind {
         /// Most bytes per second.
         rate: Option<Size>,
     },
+    /// The memory balloon.
+    Balloon {
+        /// How much it is to take at first, in bytes.
+        size: u64,
+        /// The guest may take pages back when it runs out of memory.
+        deflate_on_oom: bool,
+        /// The guest reports free pages.
+        reporting: bool,
+        /// Seconds between questions for statistics.
+        stats_interval: Option<u16>,
+    },
     /// Persistent memory.
     Pmem {
         /// The file.
@@ -248,7 +271,7 @@ impl Kind {
     /// What a device's back end sees of guest memory by default: nothing, where it is slow anyway.
     pub fn default_exposure(&self) -> Exposure {
         match self {
-            Self::Console { .. } | Self::Rng { .. } => Exposure::Bounce,
+            Self::Console { .. } | Self::Rng { .. } | Self::Balloon { .. } => Exposure::Bounce,
             _ => Exposure::Shared,
         }
     }
@@ -260,6 +283,7 @@ impl Kind {
             Self::Disk { .. } => 2,
             Self::Console { .. } => 3,
             Self::Rng { .. } => 4,
+            Self::Balloon { .. } => 5,
             Self::Pmem { .. } => 27,
             Self::Vsock { .. } => 19,
             Self::External { device_type, .. } => device_type.get(),
@@ -275,6 +299,8 @@ impl Kind {
             Self::Disk { .. } => 60,
             Self::Console { .. } | Self::Net(_) => 12,
             Self::Rng { .. } | Self::Pmem { .. } => 0,
+            // `num_pages` and `actual` of virtio_balloon_config (5.5.4).
+            Self::Balloon { .. } => 8,
             Self::Vsock { .. } => 8,
             Self::External { config_size, .. } => *config_size,
         }
@@ -333,6 +359,9 @@ impl Config {
         let serial = self.serial_port(&mut names)?;
         if let Switch::On(rng) = self.rng.get_or_insert(Switch::Off) {
             devices.push(entropy(rng, &mut names)?);
+        }
+        if let Switch::On(balloon) = self.balloon.get_or_insert(Switch::Off) {
+            devices.push(balloon.resolve(self.memory.size.bytes(), &mut names)?);
         }
         if let Some(vsock) = &mut self.vsock {
             devices.push(vsock.resolve(&mut names)?);

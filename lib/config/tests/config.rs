@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anemone_config::{
-    Backend, Config, Console, Cpus, Disk, Exposure, Id, Invalid, Kind, Mac, Net, NetType,
+    Backend, Balloon, Config, Console, Cpus, Disk, Exposure, Id, Invalid, Kind, Mac, Net, NetType,
     PanicDevice, Pmem, Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink,
     VhostUser, Vm, Vsock, Within,
 };
@@ -389,6 +389,26 @@ fn contradictions_are_refused() {
             Invalid::NoImage("disk0".to_owned()),
         ),
         (
+            "balloon = \"size=512M\"",
+            Invalid::BalloonSize {
+                id: "balloon".to_owned(),
+                size: Size(512 << 20),
+                memory: Size(512 << 20),
+            },
+        ),
+        (
+            "balloon = \"size=1000\"",
+            Invalid::BalloonSize {
+                id: "balloon".to_owned(),
+                size: Size(1000),
+                memory: Size(512 << 20),
+            },
+        ),
+        (
+            "balloon = \"slot=3\"",
+            slot_taken(3, "balloon", "panic-device"),
+        ),
+        (
             "pmem = [\"readonly=on\"]",
             Invalid::NoFile("pmem0".to_owned()),
         ),
@@ -527,6 +547,7 @@ fn documentation() {
         unknown_key::<Console>(),
         unknown_key::<Serial>(),
         unknown_key::<Rng>(),
+        unknown_key::<Balloon>(),
         unknown_key::<Pmem>(),
         unknown_key::<PanicDevice>(),
         unknown_key::<Vsock>(),

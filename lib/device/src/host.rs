@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anemone_ipc::device::FromDevice;
+use anemone_ipc::device::{Balloon, FromDevice};
 use anemone_ipc::{Channel, Error, FdIndex};
 use anemone_log::warn_limited;
 use anemone_vhost_user::BackendRequestSender;
@@ -63,6 +63,11 @@ impl Host {
         } else {
             log::info!("there is no supervisor to press the power button");
         }
+    }
+
+    /// Tells the supervisor the state of the balloon.
+    pub fn balloon(&self, state: Balloon) {
+        self.send(&FromDevice::Balloon(state));
     }
 
     /// Has the supervisor keep a copy of `fd` under `key`, in place of what it keeps under that key,

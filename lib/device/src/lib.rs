@@ -48,6 +48,8 @@ pub use parts::Parts;
 pub use timer::Timer;
 pub use vring::{Chain, RingError, Vring};
 
+/// The state of a balloon, for [`Host::balloon`].
+pub use anemone_ipc::device::Balloon as BalloonState;
 /// Reads the command line: what [`Program::option`] gets values from.
 pub use lexopt;
 
@@ -127,6 +129,10 @@ pub trait Device {
 
     /// The answer to [`Host::dial`]: the connected socket, or none.
     fn dialed(&mut self, _id: u64, _socket: Option<OwnedFd>) {}
+
+    /// The balloon is to have this size in bytes, if one is given; answer with [`Host::balloon`] when
+    /// the guest has told its statistics.
+    fn balloon(&mut self, _target: Option<u64>) {}
 
     /// The terminal behind the device has a new size, in characters.
     fn window_size(&mut self, _columns: u16, _rows: u16) {}

@@ -325,6 +325,7 @@ impl<D: Device> MainLoop<D> {
                 let socket = socket.map(|index| received.take(index)).transpose()?;
                 self.device.dialed(id, socket);
             }
+            ToDevice::Balloon { target } => self.device.balloon(target),
             ToDevice::WindowSize { columns, rows } => self.device.window_size(columns, rows),
         }
         Ok(ControlFlow::Continue(()))

@@ -35,6 +35,13 @@ pub enum ToDevice {
         /// questions.
         socket: Option<FdIndex>,
     },
+    /// The balloon is to be so large. With or without a size, its process answers
+    /// [`FromDevice::Balloon`] when the guest has told its statistics, or at once if it cannot be
+    /// asked.
+    Balloon {
+        /// In bytes; absent if it is only asked about.
+        target: Option<u64>,
+    },
     /// The terminal on the console's standard input changed its size.
     WindowSize {
         /// Width in characters.
@@ -75,8 +82,45 @@ pub enum FromDevice {
         /// A port of the device's address family.
         port: u32,
     },
+    /// The state of the balloon: asked for by [`ToDevice::Balloon`], or told regularly.
+    Balloon(Balloon),
     /// The user asked on the console to end the VM (escape key, then `x`).
     QuitRequested,
     /// The user asked on the console for the power button (escape key, then `p`).
     PowerRequested,
+}
+
+/// The state of a balloon. All but the target is what the guest says, who may say anything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// How large it is to be, in bytes.
+    pub target: u64,
+    /// How large it is, in bytes.
+    pub actual: u64,
+    /// Statistics of the guest, at most [`Balloon::STATISTICS`]: tag and value (virtio 1.3,
+    /// 5.5.6.3). None before a driver has told any.
+    pub statistics: Vec<(u16, u64)>,
+}
+
+impl Balloon {
+    /// Most statistics that are passed on: the tags that exist, and room for some more.
+    pub const STATISTICS: usize = 16;
+
+    /// Name of a statistic and whether it is in bytes; no name for tags that do not exist.
+    pub fn statistic(tag: u16) -> Option<(&'static str, bool)> {
+        Some(match tag {
+            0 => ("swapped in", true),
+            1 => ("swapped out", true),
+            2 => ("major faults", false),
+            3 => ("minor faults", false),
+            4 => ("free memory", true),
+            5 => ("total memory", true),
+            6 => ("available memory", true),
+            7 => ("disk caches", true),
+            8 => ("huge pages allocated", false),
+            9 => ("huge page allocations failed", false),
+            _ => return None,
+        })
+    }
 }

@@ -11,6 +11,7 @@ use anemone_sandbox::{Call, Instruction, evaluate, instruction};
 /// The packages with policies, and the policy of each one's first thread.
 const PROGRAMS: &[&str] = &[
     "vmm",
+    "devices/balloon",
     "devices/blk",
     "devices/console",
     "devices/fs",

@@ -125,6 +125,21 @@ pub fn restart_device(target: &str, id: &str) -> Result<(), Error> {
     }
 }
 
+/// `anemone balloon`.
+pub fn balloon(target: &str, size: Option<u64>, json: bool) -> Result<(), Error> {
+    let state = match ask(&find(target)?, &Request::Balloon { size })? {
+        Response::Balloon(state) => state,
+        other => return Err(Error::Failed(format!("an unexpected answer: {other:?}"))),
+    };
+    let text = if json {
+        serde_json::to_string_pretty(&state).map_err(|e| Error::Failed(e.to_string()))?
+    } else {
+        printable(&state.to_string())
+    };
+    println!("{text}");
+    Ok(())
+}
+
 /// `anemone power-button`.
 pub fn power_button(target: &str) -> Result<(), Error> {
     ask(&find(target)?, &Request::PowerButton).map(|_| ())

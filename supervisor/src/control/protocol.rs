@@ -1,7 +1,9 @@
 //! What a client asks of a running VM, and the answers. Each is one line of JSON.
 
+use std::fmt;
 use std::path::PathBuf;
 
+use anemone_ipc::device::Balloon;
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of a request, with the end of its line.
@@ -21,6 +23,12 @@ pub enum Request {
         /// Id of the device.
         id: String,
     },
+    /// How the memory balloon is.
+    Balloon {
+        /// How large it is to be from now on, in bytes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
+    },
     /// Press the guest's power button.
     PowerButton,
 }
@@ -36,6 +44,8 @@ pub enum Response {
         /// Milliseconds for which the guest has waited.
         pause: f64,
     },
+    /// To [`Request::Balloon`].
+    Balloon(BalloonState),
     /// It is done.
     Done,
     /// It is not.
@@ -43,6 +53,64 @@ pub enum Response {
         /// Why.
         message: String,
     },
+}
+
+/// A memory balloon. All but the target is what the guest says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BalloonState {
+    /// How large it is to be, in bytes.
+    pub target: u64,
+    /// How large it is, in bytes.
+    pub actual: u64,
+    /// The guest's statistics as it told them last; none before its driver has told any.
+    pub statistics: Vec<Statistic>,
+}
+
+/// One of a guest's statistics.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Statistic {
+    /// Its name, such as `free memory`.
+    pub name: String,
+    /// Its value.
+    pub value: u64,
+    /// Whether that is a number of bytes; otherwise of times.
+    pub bytes: bool,
+}
+
+impl From<&Balloon> for BalloonState {
+    fn from(state: &Balloon) -> Self {
+        let known = state.statistics.iter().filter_map(|&(tag, value)| {
+            let (name, bytes) = Balloon::statistic(tag)?;
+            Some(Statistic {
+                name: name.to_owned(),
+                value,
+                bytes,
+            })
+        });
+        Self {
+            target: state.target,
+            actual: state.actual,
+            statistics: known.collect(),
+        }
+    }
+}
+
+impl fmt::Display for BalloonState {
+    /// In a line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+        write!(f, "{} of {}", mib(self.actual), mib(self.target))?;
+        for statistic in &self.statistics {
+            let value = match statistic.bytes {
+                true => mib(statistic.value),
+                false => statistic.value.to_string(),
+            };
+            write!(f, ", {} {value}", statistic.name)?;
+        }
+        Ok(())
+    }
 }
 
 /// A running VM.
@@ -93,4 +161,24 @@ pub struct Process {
     /// Why the guest has never used the device, if so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub untouched: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_balloon_is_described_in_a_line() {
+        let state = BalloonState::from(&Balloon {
+            target: 300 << 20,
+            actual: 3 << 19,
+            statistics: vec![(4, 1 << 30), (2, 7), (99, 1)],
+        });
+        assert_eq!(
+            state.to_string(),
+            "1.5 MiB of 300.0 MiB, free memory 1024.0 MiB, major faults 7"
+        );
+        let request: Request = serde_json::from_str("{\"balloon\":{}}").unwrap();
+        assert_eq!(request, Request::Balloon { size: None });
+    }
 }

@@ -26,6 +26,8 @@ pub enum Waits {
     Use,
     /// Another process in the place of this device's.
     Restart(usize),
+    /// What the guest says about the balloon that is this device.
+    Balloon(usize),
 }
 
 /// A client, by a number that no other one ever has.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anemone_config::{self as config, Device, Kind, RestartLimit, SerialPort, Vm};
-use anemone_ipc::device::ToDevice;
+use anemone_ipc::device::{Balloon, ToDevice};
 use anemone_ipc::{Channel, FdIndex};
 
 use crate::accel::Environment;
@@ -60,6 +60,12 @@ enum Part {
     Console(OpenSink),
     Serial(OpenSink),
     Rng(Option<config::Size>),
+    Balloon {
+        size: u64,
+        deflate_on_oom: bool,
+        reporting: bool,
+        stats_interval: Option<u16>,
+    },
     Pmem {
         file: OwnedFd,
         readonly: bool,
@@ -104,6 +110,17 @@ impl Prepared {
                 Part::Console(sink::open(&id, sink)?)
             }
             Kind::Rng { rate } => Part::Rng(*rate),
+            &Kind::Balloon {
+                size,
+                deflate_on_oom,
+                reporting,
+                stats_interval,
+            } => Part::Balloon {
+                size,
+                deflate_on_oom,
+                reporting,
+                stats_interval,
+            },
             Kind::Pmem { readonly, .. } => Part::Pmem {
                 file: clone_of(pmem)?,
                 readonly: *readonly,
@@ -155,6 +172,7 @@ impl Prepared {
                     stream: None,
                     next: None,
                     restarts: Restarts::new(limit, Instant::now()),
+                    balloon: None,
                     due: None,
                     planned: None,
                 };
@@ -185,7 +203,11 @@ impl Part {
     /// How many descriptors its process may have kept for the next one.
     fn kept_room(&self) -> usize {
         match self {
-            Self::Disk { .. } | Self::Rng(_) | Self::Pmem { .. } | Self::Net(_) => 4,
+            Self::Disk { .. }
+            | Self::Rng(_)
+            | Self::Balloon { .. }
+            | Self::Pmem { .. }
+            | Self::Net(_) => 4,
             // Memory with its state, and the client of a socket.
             Self::Console(_) | Self::Serial(_) => 8,
             // A descriptor for each connection.
@@ -216,6 +238,23 @@ impl Part {
                 program.option("--rate", rate.0);
             }
             Self::Rng(None) => {}
+            Self::Balloon {
+                size,
+                deflate_on_oom,
+                reporting,
+                stats_interval,
+            } => {
+                program.option("--target", size);
+                if *deflate_on_oom {
+                    program.arg("--deflate-on-oom");
+                }
+                if *reporting {
+                    program.arg("--reporting");
+                }
+                if let Some(seconds) = stats_interval {
+                    program.option("--stats-interval", seconds);
+                }
+            }
             Self::Pmem { file, readonly } => {
                 program.fd_option("--file-fd", file.as_fd());
                 if *readonly {
@@ -308,6 +347,8 @@ pub struct Child {
     pub kept: Kept,
     /// How often it was started again.
     pub restarts: Restarts,
+    /// The state of the balloon as last told, where it is one.
+    pub balloon: Option<Balloon>,
     /// When it is to be started again.
     pub due: Option<Instant>,
     /// It has been asked to end, so that another one can take its place; until when it may take.
@@ -326,6 +367,11 @@ impl Child {
             self.channel = None;
             self.planned = Some(now + PLANNED_LIMIT);
         }
+    }
+
+    /// Whether it is a memory balloon.
+    pub fn is_balloon(&self) -> bool {
+        matches!(self.part, Part::Balloon { .. })
     }
 
     /// Connects its guest to a socket of the host; false if it has no sockets.

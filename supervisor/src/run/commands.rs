@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use anemone_config::Size;
+use anemone_ipc::device::ToDevice;
 use anemone_ipc::vmm::ToVmm;
 
-use super::backend::Running;
+use super::backend::{Backend, Running};
 use super::{Phase, Session};
 use crate::control::protocol::{Process, Request, Response, Status};
 use crate::control::server::{ClientId, Waits};
@@ -14,6 +16,8 @@ use crate::registry;
 /// How long the VMM may take to tell what the guest makes of its devices; without it a status says
 /// what was known before.
 const USE_LIMIT: Duration = Duration::from_secs(1);
+/// The same for the guest and its statistics.
+const BALLOON_LIMIT: Duration = Duration::from_secs(2);
 
 impl Session<'_> {
     /// Hears the clients and answers those who have waited for something.
@@ -27,6 +31,7 @@ impl Session<'_> {
             match waits {
                 Waits::Use => self.answer_status(client),
                 Waits::Restart(_) => self.answer_failed(client, "it has taken too long"),
+                Waits::Balloon(index) => self.answer_balloon(client, index),
             }
         }
         for (client, request) in requests {
@@ -39,6 +44,12 @@ impl Session<'_> {
                 Request::Status => self.answer_status(client),
                 Request::RestartDevice { id } => match self.restart_device(&id)? {
                     Ok(index) => self.client_waits(client, Waits::Restart(index), None),
+                    Err(why) => self.answer_failed(client, &why),
+                },
+                Request::Balloon { size } => match self.ask_balloon(size) {
+                    Ok(index) => {
+                        self.client_waits(client, Waits::Balloon(index), Some(BALLOON_LIMIT));
+                    }
                     Err(why) => self.answer_failed(client, &why),
                 },
                 Request::PowerButton if self.phase == Phase::Running => {
@@ -88,6 +99,7 @@ impl Session<'_> {
                     let pause = milliseconds(pause);
                     self.answer(client, &Response::Restarted { pause });
                 }
+                Waits::Balloon(index) => self.answer_balloon(client, index),
             }
         }
     }
@@ -112,6 +124,40 @@ impl Session<'_> {
                 child.end_as_planned(Instant::now());
                 Ok(Ok(index))
             }
+        }
+    }
+
+    /// Tells the balloon its size, if there is one, and asks how it is; the index of its device.
+    fn ask_balloon(&mut self, size: Option<u64>) -> Result<usize, String> {
+        let memory = self.host.vm.config.memory.size.bytes();
+        if let Some(size) = size.filter(|size| *size >= memory || size % 4096 != 0) {
+            return Err(format!(
+                "a balloon of {} bytes: allowed is a multiple of 4K below the {} of the guest's \
+                 memory",
+                size,
+                Size(memory)
+            ));
+        }
+        let (index, child) = (self.backends.iter_mut().enumerate())
+            .filter_map(|(index, backend)| Some((index, backend.child_mut()?)))
+            .find(|(_, child)| child.is_balloon())
+            .ok_or("the VM has no balloon (`--balloon`)")?;
+        child
+            .tell(&ToDevice::Balloon { target: size }, &[])
+            .map_err(|error| error.to_string())?;
+        Ok(index)
+    }
+
+    /// Answers with what is known of the balloon. A guest without a driver tells no statistics, and
+    /// one that is busy tells them late.
+    fn answer_balloon(&mut self, client: ClientId, index: usize) {
+        let child = self.backends.get(index).and_then(Backend::child);
+        match child.and_then(|child| child.balloon.as_ref()) {
+            Some(state) => {
+                let response = Response::Balloon(state.into());
+                self.answer(client, &response);
+            }
+            None => self.answer_failed(client, "the balloon has not told its state yet"),
         }
     }
 

@@ -26,12 +26,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anemone_config::{OnPanic, OnReboot, Vm};
-use anemone_ipc::device::{FromDevice, ToDevice};
+use anemone_ipc::device::{Balloon, FromDevice, ToDevice};
 use anemone_ipc::vmm::{DeviceUse, Event, FromVmm, ToVmm};
 use log::LevelFilter;
 
 use crate::accel::{self, Environment, Opened};
 use crate::acpi_dump;
+use crate::control::protocol::BalloonState;
 use crate::control::server::{Server, Waits};
 use crate::error::{Error, printable, system};
 use crate::jail;
@@ -533,12 +534,22 @@ impl<'a> Session<'a> {
                         return self.backend_down(index, Why::Said(reason));
                     }
                 }
+                FromDevice::Balloon(state)
+                    if child.is_balloon() && state.statistics.len() <= Balloon::STATISTICS =>
+                {
+                    log::info!("device `{id}`: {}", BalloonState::from(state));
+                    child.balloon = Some(state.clone());
+                    self.answer_waiting(Waits::Balloon(index));
+                }
                 // Only the console on this terminal has a user who can ask for something.
                 _ if !child.on_stdio() => {
                     return self.backend_down(index, Why::Said("it broke the protocol"));
                 }
                 FromDevice::QuitRequested => return Ok(Turn::End(End::Quit)),
                 FromDevice::PowerRequested => self.press_power_button(),
+                FromDevice::Balloon(_) => {
+                    return self.backend_down(index, Why::Said("it broke the protocol"));
+                }
             }
         }
         Ok(Turn::Continue)

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::exit;
 use std::time::Duration;
 
-use anemone_ipc::device::{FromDevice, ToDevice};
+use anemone_ipc::device::{Balloon, FromDevice, ToDevice};
 use anemone_ipc::vmm::{Accel, DeviceUse, Event, FromVmm, Summary, ToVmm};
 use anemone_ipc::{CONTROL_FD, Channel, FdIndex};
 
@@ -308,6 +308,14 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
                         &id,
                         &format!("dialed {question} {}", socket.is_some()),
                     );
+                }
+                ToDevice::Balloon { target } => {
+                    note(folder, &id, &format!("balloon {target:?}"));
+                    send(&FromDevice::Balloon(Balloon {
+                        target: target.unwrap_or(4096),
+                        actual: 4096,
+                        statistics: vec![(4, 3 << 20)],
+                    }));
                 }
                 ToDevice::WindowSize { columns, rows } => {
                     note(folder, &id, &format!("window {columns}x{rows}"));

@@ -37,6 +37,7 @@ impl Lab {
             "anemone-vmm",
             "anemone-blk",
             "anemone-console",
+            "anemone-balloon",
             "anemone-rng",
             "anemone-net",
         ] {

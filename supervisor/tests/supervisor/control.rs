@@ -84,6 +84,45 @@ fn status_restart_and_power_button() {
 }
 
 #[test]
+fn the_size_of_the_balloon() {
+    let lab = Lab::new();
+    lab.write("vmm.script", "ready start serve");
+    let child = lab.start(&["--name", "soft", "--memory", "512M", "--balloon=size=8K"]);
+    let _driver = lab.drive();
+    lab.wait_for("the device", || {
+        lab.anemone_beside(&["status", "soft"])
+            .stdout
+            .contains("running")
+    });
+    assert!(lab.log("balloon").contains("--target 8192"));
+    let print = |words: &[&str]| {
+        let outcome = lab.anemone_beside(&[&["balloon", "soft"], words].concat());
+        outcome.expect(0, &[]);
+        outcome.stdout
+    };
+    let text = print(&["300M"]);
+    assert_eq!(text, "0.0 MiB of 300.0 MiB, free memory 3.0 MiB\n");
+    assert!(lab.log("balloon").contains("balloon Some(314572800)"));
+    let state: serde_json::Value = serde_json::from_str(&print(&["--json"])).unwrap();
+    assert_eq!(state["actual"], 4096);
+    assert_eq!(state["statistics"][0]["name"], "free memory");
+    assert!(lab.log("balloon").contains("balloon None"));
+    for size in ["512M", "4000"] {
+        lab.anemone_beside(&["balloon", "soft", size])
+            .expect(1, &["a multiple of 4K below the 512M"]);
+    }
+    lab.anemone_beside(&["balloon", "soft", "much"])
+        .expect(2, &["much"]);
+    lab.anemone_beside(&["power-button", "soft"]).expect(0, &[]);
+    lab.finish(child).expect(0, &[]);
+    let (child, _driver) = running(&lab);
+    lab.anemone_beside(&["balloon", "web"])
+        .expect(1, &["the VM has no balloon"]);
+    lab.anemone_beside(&["power-button", "web"]).expect(0, &[]);
+    lab.finish(child).expect(0, &[]);
+}
+
+#[test]
 fn clients_that_misbehave() {
     let lab = Lab::new();
     let (child, _driver) = running(&lab);

@@ -478,7 +478,7 @@ fn devices_and_doctor_report() {
     }
     let json = lab.anemone(&["devices", "--json"]);
     let value: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
-    assert_eq!(value["devices"][0]["name"], "blk");
+    assert_eq!(value["devices"][0]["name"], "balloon");
     assert_eq!(value["machines"][0]["name"], "virt-1");
 
     let text = lab.anemone(&["doctor"]);

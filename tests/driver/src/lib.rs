@@ -27,6 +27,7 @@
 //! Guest memory is one region at guest address 0. Mistakes of the caller, such as an address
 //! outside it, panic.
 
+pub mod balloon;
 pub mod bench;
 pub mod blk;
 mod device;

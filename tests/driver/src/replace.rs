@@ -204,7 +204,10 @@ fn collect(
                 }
             }
             FromDevice::Failed { .. } => return Err(Error::Timeout("it has failed")),
-            FromDevice::Ready | FromDevice::QuitRequested | FromDevice::PowerRequested => {}
+            FromDevice::Ready
+            | FromDevice::Balloon(_)
+            | FromDevice::QuitRequested
+            | FromDevice::PowerRequested => {}
         }
     }
 }

@@ -213,6 +213,22 @@ const CASES: &[Case] = &[
         words: &["512"],
     },
     Case {
+        name: "balloon as large as the guest's memory",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--memory",
+            "64M",
+            "--balloon=size=64M",
+        ],
+        words: &["64M"],
+    },
+    Case {
+        name: "balloon of half a page",
+        arguments: &["--kernel", "DIR/tiny.elf", "--balloon=size=2K"],
+        words: &["4K"],
+    },
+    Case {
         name: "pmem of odd size",
         arguments: &["--kernel", "DIR/tiny.elf", "--pmem", "path=DIR/odd"],
         words: &["2 MiB"],

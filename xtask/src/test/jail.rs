@@ -58,6 +58,7 @@ const VMM: &str = "anemone-vmm";
 /// what the user names, and is not among them.
 const PROGRAMS: &[&str] = &[
     VMM,
+    "anemone-balloon",
     "anemone-blk",
     "anemone-console",
     "anemone-pmem",

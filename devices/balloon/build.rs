@@ -1,0 +1,5 @@
+//! Compiles the system call policies of this program.
+
+fn main() {
+    anemone_policy::compile("policy");
+}
