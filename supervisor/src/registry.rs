@@ -178,7 +178,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
 /// What the back end of that name sees of guest memory by default.
 pub fn exposure_of(name: &str) -> Exposure {
     match name {
-        "console" | "rng" => Exposure::Bounce,
+        "balloon" | "console" | "rng" => Exposure::Bounce,
         _ => Exposure::Shared,
     }
 }
