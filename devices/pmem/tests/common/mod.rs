@@ -111,8 +111,8 @@ fn unwritten(file: &File, offset: u64, length: u64) -> io::Result<u64> {
 pub struct Stopped(libc::pid_t);
 
 impl Stopped {
-    /// Stops the thread of this name.
-    pub fn new(process: u32, name: &str) -> Self {
+    /// Stops the thread of this name. A jailed process may be traced by root only.
+    pub fn new(process: u32, name: &str) -> io::Result<Self> {
         let thread = std::fs::read_dir(format!("/proc/{process}/task"))
             .unwrap()
             .map(|entry| entry.unwrap().path())
@@ -122,13 +122,15 @@ impl Stopped {
         let number: libc::pid_t = number.parse().unwrap();
         // SAFETY: no pointers; the thread is one of a child of this process.
         unsafe {
-            assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, number, 0, 0), 0);
+            if libc::ptrace(libc::PTRACE_SEIZE, number, 0, 0) != 0 {
+                return Err(io::Error::last_os_error());
+            }
             assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, number, 0, 0), 0);
             let mut status = 0;
             assert_eq!(libc::waitpid(number, &raw mut status, libc::__WALL), number);
             assert!(libc::WIFSTOPPED(status));
         }
-        Self(number)
+        Ok(Self(number))
     }
 }
 
