@@ -366,9 +366,11 @@ impl Session {
         let (mut tracker, mut chains) = (None, None);
         if let Some(region) = &self.inflight {
             let used = queue.next_used();
-            let (new, recovered) = Tracker::start(region, number, ring.size, used, ring.base)?;
+            let (new, recovered) = Tracker::start(region, number, ring.size, used, ring.base)
+                .map_err(|why| format!("ring {number}: {why}"))?;
             queue.set_next_avail(recovered.next_avail);
-            chains = Again::new(&recovered.again, &queue, &memory.guest)?;
+            chains = Again::new(&recovered.again, &queue, &memory.guest)
+                .map_err(|why| format!("ring {number}: {why}"))?;
             tracker = Some(new);
         }
         let kick = kick.try_clone().map_err(|e| e.to_string())?;
