@@ -33,6 +33,8 @@ pub struct Stream {
     pub incoming: Incoming,
     /// The rest of a frame of which the peer has taken a part.
     pub unsent: Vec<u8>,
+    /// The last read has fetched everything there was.
+    drained: bool,
 }
 
 impl Stream {
@@ -42,6 +44,7 @@ impl Stream {
             fd,
             incoming: Incoming::new(),
             unsent: Vec::new(),
+            drained: false,
         }
     }
 
@@ -50,6 +53,7 @@ impl Stream {
         self.fd = fd;
         self.incoming.clear();
         self.unsent.clear();
+        self.drained = false;
     }
 
     /// Writes the rest of the frame that was begun. False if the peer does not take all of it.
@@ -67,15 +71,21 @@ impl Stream {
         Ok(true)
     }
 
-    /// Reads what the peer has sent. False if that is nothing.
+    /// Reads what the peer has sent. False if that is nothing, which is known without a try after a
+    /// read that found less than there was room for.
     pub fn receive(&mut self) -> Result<bool, StreamError> {
+        if std::mem::take(&mut self.drained) {
+            return Ok(false);
+        }
         let Some(fd) = &self.fd else {
             return Ok(false);
         };
-        let room = crate::buffers::piece_mut(self.incoming.room());
-        match read(fd.as_fd(), &[room])? {
+        let room = self.incoming.room();
+        let length = room.len();
+        match read(fd.as_fd(), &[crate::buffers::piece_mut(room)])? {
             Some(0) => Err(StreamError::Closed),
             Some(count) => {
+                self.drained = count < length;
                 self.incoming.add(count);
                 Ok(true)
             }
