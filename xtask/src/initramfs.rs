@@ -83,6 +83,7 @@ const APPLETS: &[&str] = &[
     "switch_root",
     "sync",
     "tail",
+    "timeout",
     "top",
     "tr",
     "udhcpc",

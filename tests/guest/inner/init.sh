@@ -180,6 +180,32 @@ END
     say "fetched $(wc -c < /tmp/fetched) $(sha256sum < /tmp/fetched | cut -c 1-64)"
 }
 
+# Fetches the same again and again: every byte arrives, whatever happens to the card meanwhile.
+step_pull() {
+    sum=$(sha256sum < /tmp/fetched)
+    say "pulling"
+    turn=0
+    while [ $turn -lt 20 ]; do
+        wget -q -O /tmp/pulled "http://$(cat /tmp/router):$(option fetch)/payload" || fail "pull $turn"
+        [ "$(sha256sum < /tmp/pulled)" = "$sum" ] || fail "pull $turn is damaged"
+        turn=$((turn + 1))
+    done
+    say "pulled $turn times"
+}
+
+# A connection that is lost is tried again, until one goes through.
+step_retry() {
+    say "retrying"
+    tries=1
+    until timeout 10 wget -q -O /tmp/pulled "http://$(cat /tmp/router):$(option fetch)/slow"; do
+        tries=$((tries + 1))
+        [ $tries -lt 60 ] || fail "no connection goes through"
+        sleep 1
+    done
+    [ "$(sha256sum < /tmp/pulled)" = "$(sha256sum < /tmp/fetched)" ] || fail "damaged"
+    say "went through with try $tries"
+}
+
 # Serves what was fetched.
 step_serve() {
     httpd -p 80 -h /tmp || fail "cannot serve"
@@ -222,7 +248,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | serve | button | shell | pmem | pmemro | pmemread) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

@@ -35,19 +35,28 @@ impl Server {
     }
 }
 
+/// Sends the content; for a path with `slow` in it over two seconds.
 fn answer(mut client: TcpStream, content: &[u8]) -> std::io::Result<()> {
+    let mut slow = false;
     let mut lines = BufReader::new(client.try_clone()?).lines();
-    while lines
-        .next()
-        .transpose()?
-        .is_some_and(|line| !line.is_empty())
-    {}
+    while let Some(line) = lines.next().transpose()? {
+        if line.is_empty() {
+            break;
+        }
+        slow |= line.starts_with("GET /slow");
+    }
     let length = content.len();
     write!(
         client,
         "HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n"
     )?;
-    client.write_all(content)
+    for part in content.chunks(length.div_ceil(20)) {
+        client.write_all(part)?;
+        if slow {
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+    Ok(())
 }
 
 /// The body of what a server at this port of the loopback answers.
@@ -116,4 +125,38 @@ pub fn passt(place: &Place) -> Result<()> {
         &format!("guest: fetched {LENGTH} "),
         "guest: done",
     ])
+}
+
+/// The card's process is killed during downloads, and then passt during one.
+pub fn restart(place: &Place) -> Result<()> {
+    const KILLS: usize = 12;
+    let passt = place.passt.as_ref().ok_or("there is no passt here")?;
+    let content = Arc::new(payload(1_000_000));
+    let server = Server::start(Arc::clone(&content))?;
+    let net = format!("user,host-loopback,passt={}", passt.display());
+    let steps = format!("net,pull,retry,poweroff anemone.fetch={}", server.port);
+    let restart = ["--net", &net, "--restart", "limit=1000/60"];
+    let mut vm = Vm::start(place, &steps, &restart)?;
+    vm.wait_for("guest: pulling")?;
+    for _ in 0..KILLS {
+        vm.kill("anemone-net")?;
+        thread::sleep(Duration::from_millis(150));
+        if vm.said().contains("guest: pulled") {
+            return Err("the downloads were over before the last kill".into());
+        }
+    }
+    vm.wait_for("guest: pulled 20 times")?;
+    vm.wait_for("guest: retrying")?;
+    thread::sleep(Duration::from_millis(500));
+    // It runs under the name of the build for this CPU.
+    let processes = vm.processes();
+    let passt = processes.iter().find(|p| p.program.starts_with("passt"));
+    let passt = passt.ok_or("passt does not run")?;
+    crate::sys::kill(passt.pid as i32, libc::SIGKILL).map_err(|e| format!("kill: {e}"))?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: went through with try ", "guest: done"])?;
+    if vm.said().contains("guest: went through with try 1\n") {
+        return Err("the connection has survived the death of passt".into());
+    }
+    Ok(())
 }

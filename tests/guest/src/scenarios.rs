@@ -153,6 +153,12 @@ pub const ALL: &[Scenario] = &[
         crate::net::passt,
     )
     .only("soft"),
+    Scenario::new(
+        "net-restart",
+        "anemone-net is killed during downloads, which go on; passt is killed, and is back",
+        crate::net::restart,
+    )
+    .only("soft"),
     Scenario::new("console-pty", "a shell on a pseudo-terminal", console_pty),
     Scenario::new(
         "serial",

@@ -226,6 +226,11 @@ impl Passt {
     /// A new connection. passt has one client at a time: it takes this one once it has noticed that
     /// the one before is gone, and closes it before that.
     pub fn connect(&self) -> io::Result<OwnedFd> {
+        // What it said while it started is of no concern once it serves.
+        self.messages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
         let path = self.folder.socket();
         // SAFETY: all-zero is a valid sockaddr_un; it is plain numbers.
         let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
