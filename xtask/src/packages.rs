@@ -48,6 +48,8 @@ const GUEST: &[&str] = &["busybox-static"];
 /// The package that installs a Debian system into a folder. The host has Perl, which all Debian
 /// systems have, and apt.
 const BOOTSTRAP: &str = "mmdebstrap";
+/// DPDK with its test program; unpacked apart, with everything it depends on.
+const DPDK: &str = "dpdk-dev";
 /// User-mode networking; unpacked alone.
 const PASST: &str = "passt";
 
@@ -177,6 +179,42 @@ impl Packages {
     pub fn passt(&self) -> Result<PathBuf> {
         let root = self.alone(PASST, |_| Ok(PASST.to_string()))?;
         Ok(root.join("usr/bin/passt"))
+    }
+
+    /// DPDK's testpmd, which is fetched when it is first asked for, with its virtual devices and without
+    /// huge pages. It refuses to load devices from a folder that others can write to.
+    pub fn testpmd(&self) -> Result<Command> {
+        let root = self.base.join(DPDK);
+        {
+            let lock = File::create(self.base.join("lock"))?;
+            lock.lock().context("build/packages/lock")?;
+            let stamp = root.join("complete");
+            if !stamp.exists() {
+                sh::fresh(&root)?;
+                let apt = Apt::new(&self.base)?;
+                apt.update()?;
+                let wanted = apt.closure(&[DPDK])?;
+                sh::progress(format_args!("fetching {DPDK} (70 MB)"));
+                apt.unpack(&wanted, &root)?;
+                fs::write(&stamp, "")?;
+            }
+        }
+        let folders = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|f| root.join(f));
+        let [low, high] = &folders;
+        let mut command = Command::new(low.join("ld-linux-x86-64.so.2"));
+        command
+            .arg("--library-path")
+            .arg(format!("{}:{}", low.display(), high.display()))
+            .arg(root.join("usr/bin/dpdk-testpmd"));
+        for driver in ["bus_vdev", "mempool_ring", "net_virtio", "net_vhost"] {
+            let file = format!("dpdk/pmds-23.0/librte_{driver}.so.23");
+            command.arg("-d").arg(high.join(file));
+        }
+        let prefix = format!("--file-prefix=anemone-{}", std::process::id());
+        command
+            .args(["-l", "0,1", "--no-huge", "-m", "128", "--no-pci"])
+            .arg(prefix);
+        Ok(command)
     }
 
     /// The archives of a Debian release that this host's apt knows, as lines of a sources.list.

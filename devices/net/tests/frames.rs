@@ -194,6 +194,34 @@ fn queues_go_on_after_they_were_stopped() {
     }
 }
 
+/// QEMU enables the rings of a network card before it has told which features are in use.
+#[test]
+fn rings_can_be_enabled_before_features_are_set() {
+    let (mut process, mut peer) = StreamPeer::start(&[]);
+    let socket = process.connection.take().unwrap();
+    let mut front = anemone_vhost_user::Frontend::new(socket, LONG);
+    front.set_owner().unwrap();
+    front.features().unwrap();
+    let offered = front.protocol_features().unwrap();
+    // But not before it has told the protocol's features: the connection ends.
+    front.set_vring_enable(0, true).unwrap();
+    front.features().unwrap_err();
+    drop(front);
+    let mut front = anemone_vhost_user::Frontend::new(process.connect().unwrap(), LONG);
+    front.set_owner().unwrap();
+    front.features().unwrap();
+    front.protocol_features().unwrap();
+    front.set_protocol_features(offered & 0x9).unwrap();
+    front.set_vring_enable(0, true).unwrap();
+    front.set_vring_enable(1, true).unwrap();
+    front.features().unwrap();
+    drop(front);
+    let mut card = Card::connect(&mut process, !0, 2048);
+    let sent = frame(OTHER, OWN, 1, 100);
+    card.send(&sent);
+    assert_eq!(peer.receive(), sent);
+}
+
 #[test]
 fn configuration_and_features() {
     let args = ["--mac", "02:00:00:00:00:01", "--mtu", "9000"];

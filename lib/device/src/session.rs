@@ -56,6 +56,9 @@ pub struct Session {
     backend: Backend,
     host: Host,
     features: u64,
+    /// The front end has told its protocol features. Some tell them, and enable rings, before they
+    /// tell the other features.
+    protocol: bool,
     memory: Option<Memory>,
     /// Where chains in flight are tracked.
     inflight: Option<Arc<Region>>,
@@ -73,6 +76,7 @@ impl Session {
             backend: Backend::new(socket, REPLY_TIMEOUT),
             host: host.clone(),
             features: 0,
+            protocol: false,
             memory: None,
             inflight: None,
             rings,
@@ -176,7 +180,10 @@ impl Session {
             Command::SetOwner => Ok(()),
             Command::SetFeatures(features) => self.set_features(features, device),
             Command::SetProtocolFeatures(features) => match features & !PROTOCOL_FEATURES {
-                0 => Ok(()),
+                0 => {
+                    self.protocol = true;
+                    Ok(())
+                }
                 unknown => Err(format!("{unknown:#x} were not offered")),
             },
             Command::ResetOwner => {
@@ -226,7 +233,7 @@ impl Session {
                 self.change(index, device, |ring| ring.err = fd.map(Arc::new))
             }
             Command::SetVringEnable { index, enable } => {
-                if self.features & F_PROTOCOL_FEATURES == 0 {
+                if self.features & F_PROTOCOL_FEATURES == 0 && !self.protocol {
                     return Err("protocol features have not been negotiated".into());
                 }
                 self.change(index, device, |ring| ring.enabled = enable)

@@ -3,6 +3,7 @@
 
 mod blk;
 mod daemons;
+mod net;
 mod qtest;
 mod rng;
 
@@ -34,6 +35,12 @@ const TESTS: &[Test] = &[
         "qemu goes on when anemone-blk is killed and started again",
         blk::restarts,
     ),
+    (
+        "qemu has a network card of anemone-net on passt",
+        net::under_qemu,
+    ),
+    ("dpdk's virtio-user on anemone-net", net::under_dpdk),
+    ("dpdk's vhost under the loop driver", net::foreign),
     ("qemu has random numbers of anemone-rng", rng::under_qemu),
     ("vhost-device-rng under our VMM", rng::foreign),
 ];

@@ -1,0 +1,201 @@
+//! Network: ours under QEMU and under DPDK's virtio-user, DPDK's vhost back end under the loop driver.
+
+use std::fs::Permissions;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{build, sh};
+
+use super::{Context, Daemon, Qemu, START, folder};
+
+/// Longest wait for a frame.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Frames that go to DPDK and back.
+const FRAMES: u32 = 2000;
+
+/// QEMU is the front end, passt the network: the guest gets an address and fetches a file.
+pub fn under_qemu(context: &Context) -> Result<()> {
+    let packages = context.packages()?;
+    // passt runs as nobody, who must reach its socket.
+    let place = tempfile::tempdir()?;
+    std::fs::set_permissions(place.path(), Permissions::from_mode(0o777))?;
+    let network = place.path().join("passt");
+    let passt = Daemon::start(
+        Command::new(packages.passt()?)
+            .args(["--foreground", "--quiet", "--socket"])
+            .arg(&network),
+        &network,
+    )?;
+    let socket = folder("net")?.join("socket");
+    let server = Daemon::start(
+        Command::new(context.product()?.path("anemone-net"))
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--stream")
+            .arg(&network),
+        &socket,
+    )?;
+    let content = b"from the host's loopback\n".repeat(20_000);
+    let port = serve(content.clone())?;
+    let steps = format!("uname,net,poweroff anemone.fetch={port}");
+    // Without MSI-X: QEMU 7.2 takes it that KVM routes the interrupts of a vhost-user network card,
+    // and dies where there is none.
+    let mut qemu = Qemu::new(packages, &steps)?;
+    qemu.0
+        .arg("-chardev")
+        .arg(format!("socket,id=backend,path={}", socket.display()))
+        .args(["-netdev", "vhost-user,id=net,chardev=backend"])
+        .args([
+            "-device",
+            "virtio-net-pci,netdev=net,mac=02:00:00:00:00:07,vectors=0",
+        ]);
+    let output = qemu.run()?;
+    let fetched = format!("guest: fetched {} ", content.len());
+    ensure!(
+        output.contains("guest: card 02:00:00:00:00:07") && output.contains(&fetched),
+        "{output}"
+    );
+    drop(passt);
+    drop(server);
+    Ok(())
+}
+
+/// A server on this host's loopback that answers every request with the same bytes, until xtask
+/// ends.
+fn serve(content: Vec<u8>) -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            // The request fits into one packet. A client that goes away has its own message.
+            let mut request = [0; 4096];
+            let _ = client.read(&mut request);
+            let _ = write!(
+                client,
+                "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n",
+                content.len()
+            );
+            let _ = client.write_all(&content);
+        }
+    });
+    Ok(port)
+}
+
+/// DPDK's virtio-user is the front end, and sends every frame back to where it came from.
+pub fn under_dpdk(context: &Context) -> Result<()> {
+    let folder = folder("net-dpdk")?;
+    let (network, socket) = (folder.join("network"), folder.join("socket"));
+    let listener = UnixListener::bind(&network)?;
+    let server = Daemon::start(
+        Command::new(context.product()?.path("anemone-net"))
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--stream")
+            .arg(&network),
+        &socket,
+    )?;
+    let (peer, _) = listener.accept()?;
+    let mut testpmd = context.packages()?.testpmd()?;
+    testpmd
+        .arg(format!("--vdev=net_virtio_user0,path={}", socket.display()))
+        .args(FORWARD)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null());
+    let testpmd = sh::spawn(&mut testpmd)?;
+    echo(peer).context("through virtio-user")?;
+    drop(testpmd);
+    drop(server);
+    Ok(())
+}
+
+/// testpmd's own options: frames go out where they came in; it ends with its input.
+const FORWARD: [&str; 6] = [
+    "--",
+    "--forward-mode=io",
+    "--auto-start",
+    "--no-mlockall",
+    "--total-num-mbufs=8192",
+    "--nb-cores=1",
+];
+
+/// Sends frames and waits until each has come back. The first ones may be lost: nobody says when the
+/// other side is there.
+fn echo(mut peer: UnixStream) -> Result<()> {
+    let frame = |number: u32| {
+        let mut bytes = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5];
+        bytes.extend(number.to_le_bytes());
+        bytes.resize(60 + number as usize % 1400, number as u8);
+        bytes
+    };
+    peer.set_read_timeout(Some(Duration::from_millis(200)))?;
+    let end = std::time::Instant::now() + PATIENCE;
+    let mut prefix = [0; 4];
+    loop {
+        ensure!(std::time::Instant::now() < end, "no frame comes back");
+        send(&mut peer, &frame(u32::MAX))?;
+        if peer.read_exact(&mut prefix).is_ok() {
+            break;
+        }
+    }
+    // What is on its way from before ends with a frame that was not sent before.
+    peer.set_read_timeout(Some(PATIENCE))?;
+    let mut bytes = vec![0; u32::from_be_bytes(prefix) as usize];
+    peer.read_exact(&mut bytes)?;
+    let mut receive = |peer: &mut UnixStream| -> Result<Vec<u8>> {
+        peer.read_exact(&mut prefix)?;
+        let mut bytes = vec![0; u32::from_be_bytes(prefix) as usize];
+        peer.read_exact(&mut bytes)?;
+        Ok(bytes)
+    };
+    for number in 0..FRAMES {
+        send(&mut peer, &frame(number))?;
+        loop {
+            let bytes = receive(&mut peer)?;
+            if bytes == frame(number) {
+                break;
+            }
+            ensure!(
+                bytes == frame(u32::MAX),
+                "frame {number} came back as another one"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn send(peer: &mut UnixStream, frame: &[u8]) -> Result<()> {
+    let prefix = (frame.len() as u32).to_be_bytes();
+    Ok(peer.write_all(&[&prefix[..], frame].concat())?)
+}
+
+/// DPDK's vhost is the back end, and sends every frame back to the loop driver.
+pub fn foreign(context: &Context) -> Result<()> {
+    let client = build::example("anemone-driver", "net-echo")?;
+    let socket = folder("net-vhost")?.join("socket");
+    let mut testpmd = context.packages()?.testpmd()?;
+    testpmd
+        .arg(format!("--vdev=net_vhost0,iface={}", socket.display()))
+        .args(FORWARD)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null());
+    let testpmd = sh::spawn(&mut testpmd)?;
+    sh::wait_for_path(&socket, START)?;
+    echoed(&client, &socket)?;
+    drop(testpmd);
+    Ok(())
+}
+
+fn echoed(client: &Path, socket: &Path) -> Result<()> {
+    let mut command = Command::new(client);
+    command.arg(socket).arg(FRAMES.to_string());
+    let done = sh::run_limited(&mut command, PATIENCE)?;
+    ensure!(done.code() == Some(0), "{}", done.output);
+    Ok(())
+}
