@@ -17,6 +17,7 @@ mod journal;
 mod man;
 mod modules;
 mod packages;
+mod policy;
 mod report;
 mod rig;
 mod sh;
@@ -25,6 +26,7 @@ mod table;
 mod test;
 mod tiny;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -87,6 +89,18 @@ enum Command {
         /// The configuration to look at.
         #[arg(long, value_name = "PATH", default_value = "configs/full.toml")]
         config: PathBuf,
+    },
+    /// Watch which rules of the jail's policies the tests use, and print those that none needs.
+    Policy {
+        /// Add up what several runs have seen, in this file.
+        #[arg(long, value_name = "PATH")]
+        keep: Option<PathBuf>,
+        /// Print for each policy the rules that its own threads have not used.
+        #[arg(long)]
+        details: bool,
+        /// A command to watch instead of the tests.
+        #[arg(value_name = "COMMAND", last = true)]
+        command: Vec<OsString>,
     },
     /// Write manual pages and shell completions to build/man and build/completions.
     Man,
@@ -162,7 +176,11 @@ fn main() -> ExitCode {
 
 /// Runs a command; returns whether everything it tried has succeeded.
 fn dispatch(command: Command) -> Result<bool> {
-    let alone = !matches!(command, Command::Man | Command::Test { list: true, .. });
+    let alone = !matches!(
+        command,
+        // What is watched takes the lock.
+        Command::Man | Command::Policy { .. } | Command::Test { list: true, .. }
+    );
     let _lock = if alone { Some(sh::lock()?) } else { None };
     match command {
         Command::Demo(options) => demo::run(&options)?,
@@ -201,6 +219,11 @@ fn dispatch(command: Command) -> Result<bool> {
             }
         }
         Command::Footprint { config } => footprint::run(&config)?,
+        Command::Policy {
+            keep,
+            details,
+            command,
+        } => return policy::run(keep.as_deref(), details, &command),
         Command::Man => man::run()?,
         Command::Fetch => {
             let packages = packages::fetch()?;
