@@ -153,11 +153,14 @@ fn spawn_restricted(
     const STACK: usize = 64 << 10;
     let builder = std::thread::Builder::new();
     let thread = builder.name(name.to_owned()).stack_size(STACK);
-    let body = move || match jail::restrict_irqfd(mode) {
-        Ok(()) => work(),
-        Err(e) => happenings.fail(anemone_ipc::vmm::Event::Failed {
-            message: e.to_string(),
-        }),
+    let body = move || {
+        match jail::restrict_irqfd(mode) {
+            Ok(()) => work(),
+            Err(e) => happenings.fail(anemone_ipc::vmm::Event::Failed {
+                message: e.to_string(),
+            }),
+        }
+        anemone_sandbox::rest();
     };
     thread.spawn(body).map(drop)
 }

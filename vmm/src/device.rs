@@ -67,7 +67,7 @@ impl Starting {
         };
         let body = {
             let (id, work) = (id.clone(), work.clone());
-            move || {
+            let serve = move || {
                 let connect = || {
                     jail::restrict_device(mode)?;
                     FrontEnd::connect(socket, limits, bounce).map_err(|source| Error::Device {
@@ -91,6 +91,10 @@ impl Starting {
                 happenings.fail(Event::Failed {
                     message: format!("device `{id}`: its thread cannot wait: {error}"),
                 });
+            };
+            move || {
+                serve();
+                anemone_sandbox::rest();
             }
         };
         thread::Builder::new()

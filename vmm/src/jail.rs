@@ -32,6 +32,7 @@ pub fn enter(settings: &Settings) -> Result<(), Error> {
 pub fn restrict_vcpu(accel: &str, mode: Mode) -> Result<(), Error> {
     let policy = match accel {
         "soft" => &policies::VCPU_SOFT,
+        "none" => &policies::VCPU_NONE,
         _ => &policies::VCPU,
     };
     Ok(anemone_sandbox::restrict(policy, mode)?)

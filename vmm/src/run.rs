@@ -129,6 +129,7 @@ pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Err
             .spawn(move || {
                 let jail = jail::restrict_vcpu(accel, mode);
                 run_vcpu(index, vcpu, &board, &happenings, jail, has_pmem);
+                anemone_sandbox::rest();
             })
             .map_err(Error::os("starting a vCPU thread"))?;
     }

@@ -112,6 +112,10 @@ impl Device for Block {
         }
     }
 
+    fn start_threads(&mut self) -> io::Result<()> {
+        self.queues.iter_mut().try_for_each(Worker::start_thread)
+    }
+
     fn start_queue(&mut self, ring: Vring) -> io::Result<()> {
         let flush_and_wce = feature::FLUSH | feature::CONFIG_WCE;
         if ring.features & flush_and_wce == feature::CONFIG_WCE {

@@ -56,8 +56,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Prepares queue number `index`; with `uring`, makes its ring. The thread starts with the
-    /// first virtqueue, when the process is in its jail, and restricts itself further.
+    /// Prepares queue number `index`; with `uring`, makes its ring.
     pub fn new(index: usize, disk: Arc<Disk>, uring: bool, sandbox: Mode) -> io::Result<Self> {
         // SAFETY: eventfd takes no pointer.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
@@ -92,8 +91,8 @@ impl Worker {
         self.stop.wake.as_fd()
     }
 
-    /// Hands over a ring and returns when it is being served.
-    pub fn start(&mut self, ring: Vring) -> io::Result<()> {
+    /// Starts the thread, which takes on its policy and waits for a ring.
+    pub fn start_thread(&mut self) -> io::Result<()> {
         if let Some(idle) = self.idle.take() {
             let (commands, commands_end) = channel();
             let (replies_end, replies) = channel();
@@ -107,6 +106,11 @@ impl Worker {
                 running: false,
             });
         }
+        Ok(())
+    }
+
+    /// Hands over a ring and returns when it is being served.
+    pub fn start(&mut self, ring: Vring) -> io::Result<()> {
         let gone = || io::Error::other("its thread could not be started");
         let thread = self.thread.as_mut().ok_or_else(gone)?;
         self.stop.requested.store(false, Ordering::Release);
@@ -150,6 +154,7 @@ impl Idle {
             log::error!("queue {}: {error}", self.index);
             std::process::exit(1);
         }
+        anemone_sandbox::rest();
     }
 
     fn serve_rings(

@@ -280,6 +280,10 @@ impl Device for Net {
         config
     }
 
+    fn start_threads(&mut self) -> io::Result<()> {
+        self.workers.iter_mut().try_for_each(Worker::start_thread)
+    }
+
     fn start_queue(&mut self, ring: Vring) -> io::Result<()> {
         self.set_offloads(ring.features);
         let index = ring.index;

@@ -1,5 +1,5 @@
-//! The thread of a queue pair. It starts with the pair's first command, when the process is in its
-//! jail, restricts itself further, and lives as long as the process.
+//! The thread of a queue pair. It starts when the process is in its jail, takes on a policy of its
+//! own, and lives as long as the process.
 
 use std::error::Error;
 use std::io;
@@ -96,14 +96,19 @@ impl Worker {
         &self.link.lost
     }
 
-    /// Has a command carried out; for a stop, the index of the next available entry.
-    ///
-    /// # Errors
-    /// The thread cannot be started.
-    pub fn run(&mut self, command: Command) -> io::Result<u16> {
+    /// Starts the thread, which takes on its policy and waits for commands.
+    pub fn start_thread(&mut self) -> io::Result<()> {
         if let Some(pair) = self.idle.take() {
             self.thread = Some(self.start(pair)?);
         }
+        Ok(())
+    }
+
+    /// Has a command carried out; for a stop, the index of the next available entry.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn run(&mut self, command: Command) -> io::Result<u16> {
         let gone = || io::Error::other("its thread is gone");
         let (commands, replies) = self.thread.as_ref().ok_or_else(gone)?;
         commands.send(command).map_err(|_| gone())?;
@@ -126,6 +131,7 @@ impl Worker {
                     log::error!("queue pair {index}: {error}");
                     std::process::exit(1);
                 }
+                anemone_sandbox::rest();
             })?;
         Ok((commands, replies))
     }

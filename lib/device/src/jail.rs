@@ -1,6 +1,8 @@
 //! Where the process gives up its rights.
 
-use anemone_sandbox::{Error, Filter, ProcessJail};
+use std::error::Error;
+
+use anemone_sandbox::{Filter, ProcessJail};
 
 use crate::{Common, Device};
 
@@ -10,7 +12,11 @@ const OPEN_FILES: u64 = 64;
 const OPEN_FILES_PER_QUEUE: u64 = 16;
 
 /// Gives up everything that serving the device does not need.
-pub fn enter(common: &Common, device: &dyn Device, filter: &'static Filter) -> Result<(), Error> {
+pub fn enter(
+    common: &Common,
+    device: &mut dyn Device,
+    filter: &'static Filter,
+) -> Result<(), Box<dyn Error>> {
     let queues = device.queue_count() as u64;
     let mut jail = ProcessJail {
         mode: common.sandbox,
@@ -20,5 +26,8 @@ pub fn enter(common: &Common, device: &dyn Device, filter: &'static Filter) -> R
     };
     device.widen(&mut jail);
     anemone_sandbox::enter(&jail)?;
-    anemone_sandbox::restrict(filter, common.sandbox)
+    device
+        .start_threads()
+        .map_err(|e| format!("cannot start threads: {e}"))?;
+    Ok(anemone_sandbox::restrict(filter, common.sandbox)?)
 }

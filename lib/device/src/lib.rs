@@ -63,7 +63,7 @@ pub type Watch<'a> = (BorrowedFd<'a>, u64);
 /// A virtio device, as its back end process implements it.
 ///
 /// All methods are called on the main thread. A device may serve its rings on threads of its own
-/// (started in `start_queue`) or on the main thread through [`Device::event_fds`].
+/// (started in `start_threads`) or on the main thread through [`Device::event_fds`].
 pub trait Device {
     /// Device-specific virtio feature bits offered. The frame adds VIRTIO_F_VERSION_1,
     /// VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC and the vhost-user ones.
@@ -111,6 +111,13 @@ pub trait Device {
 
     /// Widens the jail by what the device needs beyond its sockets and the guest's memory.
     fn widen(&self, _jail: &mut ProcessJail) {}
+
+    /// Start the threads that serve the rings. Called once, in the jail, just before the first
+    /// thread takes on its policy: threads that are started here inherit none, must take on one of
+    /// their own before they do anything else, and the first needs no right to start any.
+    fn start_threads(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Called once, before anything else, with the device's way to the outside.
     fn attach(&mut self, _host: &Host) {}

@@ -163,7 +163,7 @@ impl<D: Device> MainLoop<D> {
         if let Some(listener) = &self.listener {
             listener.set_nonblocking(true)?;
         }
-        jail::enter(common, &self.device, filter)?;
+        jail::enter(common, &mut self.device, filter)?;
         self.device.attach(&self.host);
         self.host.send(&FromDevice::Ready);
         Ok(())

@@ -52,6 +52,8 @@ pub struct Rule {
     pub conditions: Vec<Vec<Test>>,
     /// What then happens.
     pub action: Action,
+    /// Whether only builds with debug assertions have it.
+    pub debug: bool,
     /// The rule as written, without its reason.
     pub text: String,
     /// Why it is there.
@@ -116,6 +118,13 @@ impl Policy {
             }),
             None => Ok(policy),
         }
+    }
+
+    /// The policy of a released program: without the rules for debug builds.
+    #[must_use]
+    pub fn released(mut self) -> Self {
+        self.rules.retain(|rule| !rule.debug);
+        self
     }
 
     /// The system calls that are allowed, with or without conditions, sorted by name.
@@ -201,7 +210,12 @@ fn parse_rule(line: &str, place: Place) -> Result<Rule, Error> {
     })?;
     let mut action = Action::Allow;
     let mut conditions = Vec::new();
+    let mut debug = false;
     for word in words {
+        if word == "debug" {
+            debug = true;
+            continue;
+        }
         if action != Action::Allow {
             return Err(syntax(
                 &place,
@@ -231,6 +245,7 @@ fn parse_rule(line: &str, place: Place) -> Result<Rule, Error> {
         syscall,
         conditions,
         action,
+        debug,
         text,
         reason: reason.to_owned(),
         place,
@@ -488,6 +503,16 @@ mod tests {
     }
 
     #[test]
+    fn rules_for_debug_builds_are_not_in_a_release() {
+        let policy = parse("fcntl arg1==F_GETFD debug # checks\nread # x").unwrap();
+        let there = |policy: &Policy| policy.allowed().contains(&"fcntl");
+        assert!(there(&policy));
+        assert_eq!(policy.rules[5].text, "fcntl arg1==F_GETFD debug");
+        let released = policy.released();
+        assert!(!there(&released) && released.allowed().contains(&"read"));
+    }
+
+    #[test]
     fn includes_nest_and_count_once() {
         let policy = parse("include whole\ninclude part\nbrk # last").unwrap();
         let places: Vec<_> = policy.rules[5..]
@@ -546,7 +571,7 @@ mod tests {
             let mut text = String::new();
             for (number, (argument, wide, mask, value)) in &rules {
                 let Some(name) = syscall_name(*number) else { continue };
-                if REPORTER.contains(&name) { continue }
+                if REPORT.contains(&format!("{name} #")) { continue }
                 let keep = if *wide { u64::MAX } else { u64::from(u32::MAX) };
                 let (mask, width) = (mask & keep, if *wide { ":64" } else { "" });
                 text += &format!("{name} arg{argument}{width}&{mask:#x}=={:#x} # r\n", value & mask);

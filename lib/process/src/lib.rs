@@ -83,6 +83,16 @@ pub fn dial(path: &Path, port: u32) -> io::Result<OwnedFd> {
     }
 }
 
+/// Makes all threads share the main heap, which grows and shrinks by `brk` alone: a thread that
+/// allocates needs no other system call. To be called before any other thread is there.
+pub fn one_heap() {
+    // SAFETY: no pointers. An allocator that does not know these parameters refuses them.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+    }
+}
+
 /// Gives back what only the start of the process needed: free heap, and the pages of its code and
 /// constants. The kernel maps again what is touched, from its page cache; most never is: it
 /// belongs to the start (relocation, arguments, the jail) or to what does not happen (unwinding,

@@ -35,6 +35,7 @@
 //! the root is a file system outside of it, no descriptor refers to a directory, and the
 //! capabilities to change the root again are gone.
 
+mod crash;
 mod filter;
 mod ids;
 mod jail;
@@ -53,7 +54,7 @@ pub use ids::id_namespace;
 pub use jail::{ProcessJail, Share, close_extra_fds, enter, probe, renounce};
 pub use layers::{Layer, Layers, ParseLayersError, State};
 pub use names::syscall as syscall_name;
-pub use seccomp::restrict;
+pub use seccomp::{rest, restrict};
 use thiserror::Error;
 
 /// What happens when a process does what its policy does not allow.

@@ -1,17 +1,28 @@
 //! Installing filters, and the report of a call that one of them denies.
 
+use std::cell::Cell;
+use std::fmt::Write as _;
 use std::io;
 use std::mem;
 use std::ptr;
 use std::sync::Once;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
 
 use crate::filter::{Call, Filter, Instruction};
-use crate::report::{Denied, ThreadName};
+use crate::report::{Denied, Line, ThreadName};
 use crate::{Error, Mode, monitor};
 
 /// The policies of this process by their index, for the report.
 static POLICIES: [AtomicPtr<Filter>; 16] = [const { AtomicPtr::new(ptr::null_mut()) }; 16];
+
+/// The id of this process, for the report.
+static PROCESS: AtomicI32 = AtomicI32::new(0);
+
+thread_local! {
+    /// Id and name of a thread that has restricted itself; of one that only inherits a policy the
+    /// report tells neither.
+    static THREAD: Cell<(i32, [u8; 16])> = const { Cell::new((0, [0; 16])) };
+}
 
 /// `si_code` of a SIGSYS that a filter has raised (asm-generic/siginfo.h).
 const SYS_SECCOMP: i32 = 1;
@@ -33,8 +44,9 @@ struct SigsysInfo {
 /// A second filter restricts further: what one denies stays denied.
 ///
 /// A denied call is reported on standard error, then the process dies by SIGSYS. The report
-/// needs a thread that does not block SIGSYS; one that does dies without it. With
-/// [`Mode::Log`] the call is reported and carried out.
+/// needs a thread that does not block SIGSYS; one that does dies without it. A panic of any
+/// thread ends the process with exit status 101. With [`Mode::Log`] the call is reported and
+/// carried out.
 ///
 /// # Errors
 /// [`Error::Seccomp`] where the kernel cannot filter system calls.
@@ -42,6 +54,11 @@ pub fn restrict(filter: &'static Filter, mode: Mode) -> Result<(), Error> {
     match mode {
         Mode::On => {
             install_reporter();
+            // Asked now, because a report may not ask.
+            if PROCESS.load(Ordering::Relaxed) == 0 {
+                PROCESS.store(std::process::id() as i32, Ordering::Relaxed);
+            }
+            THREAD.set((thread_id(), thread_name().0));
             if let Some(slot) = POLICIES.get(usize::from(filter.index)) {
                 slot.store(ptr::from_ref(filter).cast_mut(), Ordering::Release);
             }
@@ -49,6 +66,14 @@ pub fn restrict(filter: &'static Filter, mode: Mode) -> Result<(), Error> {
             Ok(())
         }
         Mode::Log => monitor::restrict(filter),
+    }
+}
+
+/// Waits for the end of the process: what a thread does that has nothing left to do. To end it
+/// would take system calls that no policy has for that alone.
+pub fn rest() -> ! {
+    loop {
+        std::thread::park();
     }
 }
 
@@ -96,10 +121,14 @@ fn install_reporter() {
             action.sa_flags = libc::SA_SIGINFO;
             libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut());
         }
+        install_panic_hook();
     });
 }
 
-/// Reports the call and lets the signal take its course.
+/// A system call that no table has and no policy allows.
+const DENIED_BY_ALL: libc::c_long = 0x3FFF_FFFF;
+
+/// Reports the call and lets the signal take its course. Needs no system call but `write`.
 extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes both to a handler with SA_SIGINFO, and for SIGSYS the
     // information has this layout.
@@ -129,28 +158,49 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, context: *mu
             .and_then(|i| POLICIES.get(i))
             .and_then(|slot| unsafe { slot.load(Ordering::Acquire).as_ref() })
             .map_or("?", |filter| filter.name);
+        let (thread, thread_name) = THREAD.get();
         Denied {
-            process: process_id(),
-            thread: thread_id(),
-            thread_name: thread_name(),
+            process: PROCESS.load(Ordering::Relaxed),
+            thread,
+            thread_name: ThreadName(thread_name),
             call,
             policy,
             let_through: None,
         }
         .print();
     }
-    // SAFETY: integers only. With the default action back and SIGSYS blocked until this handler
-    // returns, every way on ends by SIGSYS: the signal sent here, or the denial of one of these
-    // calls.
+    // SIGSYS is blocked until this handler returns. One more denied call sends it nevertheless,
+    // with its default action (kernel/signal.c, force_sig_info_to_task).
+    // SAFETY: no arguments.
+    unsafe { libc::syscall(DENIED_BY_ALL) };
+    // A thread without a filter, to which somebody has sent the signal.
+    // SAFETY: integers only.
     unsafe {
         libc::signal(libc::SIGSYS, libc::SIG_DFL);
-        libc::syscall(libc::SYS_tgkill, process_id(), thread_id(), libc::SIGSYS);
+        libc::syscall(libc::SYS_tgkill, libc::getpid(), thread_id(), libc::SIGSYS);
     }
 }
 
-fn process_id() -> i32 {
-    // SAFETY: no arguments.
-    unsafe { libc::getpid() }
+/// A panic is told in one line and ends the process by its exit status: a backtrace would open
+/// files, and `abort` would need system calls of its own.
+fn install_panic_hook() {
+    /// As the standard library has it for a panic of the first thread.
+    const PANICKED: libc::c_int = 101;
+    std::panic::set_hook(Box::new(|info| {
+        let (role, message) = (anemone_log::role(), info.payload_as_str().unwrap_or("?"));
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("?");
+        let mut line = Line::new();
+        // Writing to a `Line` cannot fail. There always is a location.
+        let _ = write!(line, "{role}: thread \"{thread}\" panicked");
+        if let Some(place) = info.location() {
+            let _ = write!(line, " at {place}");
+        }
+        let _ = writeln!(line, ": {message}");
+        line.print();
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(PANICKED) };
+    }));
 }
 
 pub(crate) fn thread_id() -> i32 {

@@ -111,12 +111,21 @@ fn a_thread_is_named_and_judged_by_the_policy_that_denies() {
 
 #[test]
 fn a_panic_and_a_foreign_sigsys_end_the_process_as_they_should() {
-    let main = filter("main", 0, "tgkill arg2==SIGTERM # never");
+    let raise = "getpid # raise\ngettid # raise\ntgkill arg2==SIGSYS # raise";
+    let main = filter("main", 0, raise);
+    let panic = run(User::Same, || {
+        restrict(main, Mode::On).unwrap();
+        panic!("on purpose")
+    });
+    assert_eq!(panic.exit, Some(101), "{panic:?}");
+    assert!(panic.stderr.contains("on purpose"), "{panic:?}");
+    assert!(!panic.stderr.contains("denied"), "{panic:?}");
+    // It would need more than any policy has.
     let abort = run(User::Same, || {
         restrict(main, Mode::On).unwrap();
         std::process::abort()
     });
-    assert_eq!(abort.signal, Some(libc::SIGABRT), "{abort:?}");
+    assert_eq!(abort.signal, Some(libc::SIGSYS), "{abort:?}");
     let foreign = run(User::Same, || {
         restrict(main, Mode::On).unwrap();
         // SAFETY: integers only.
@@ -125,6 +134,22 @@ fn a_panic_and_a_foreign_sigsys_end_the_process_as_they_should() {
     });
     assert_eq!(foreign.signal, Some(libc::SIGSYS), "{foreign:?}");
     assert!(!foreign.stderr.contains("denied"), "{foreign:?}");
+}
+
+#[test]
+fn a_crash_is_reported_and_ends_the_process() {
+    let main = filter("main", 0, "");
+    let outcome = run(User::Same, || {
+        anemone_log::init("anemone-rng[rng0]", log::LevelFilter::Info);
+        restrict(main, Mode::On).unwrap();
+        // SAFETY: none: it is the fault that the test is about, in a process made for it.
+        unsafe { std::ptr::with_exposed_provenance::<u8>(0x1230).read_volatile() };
+        0
+    });
+    assert_eq!(outcome.signal, Some(libc::SIGSEGV), "{outcome:?}");
+    let start = "anemone-rng[rng0]: crashed: SIGSEGV at address 0x1230, rip 0x";
+    assert!(outcome.stderr.starts_with(start), "{outcome:?}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
 }
 
 #[test]

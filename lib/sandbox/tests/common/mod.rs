@@ -10,7 +10,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anemone_policy::{Denial, Policy};
 use anemone_sandbox::{Filter, Instruction, instruction};
 
-/// Compiles a policy: the base and what is given.
+/// What the tests themselves do besides what the base allows.
+const TEST: &str = "include base\ninclude heap\ninclude events\n\
+    exit # threads end\nrt_sigprocmask # the same\nclock_nanosleep # they sleep\n";
+
+/// Compiles a policy: what every test needs and what is given.
 pub fn filter(name: &str, index: u16, text: &str) -> &'static Filter {
     let common = |file: &str| {
         let path = anemone_policy::common_folder().join(format!("{file}.policy"));
@@ -19,9 +23,9 @@ pub fn filter(name: &str, index: u16, text: &str) -> &'static Filter {
             std::fs::read_to_string(path).ok()?,
         ))
     };
-    let text = format!("include base\n{text}");
+    let text = format!("{TEST}{text}");
     let policy = Policy::parse(name, name, &text, &common).unwrap();
-    let gate = Policy::parse("gate", "gate", "include base", &common).unwrap();
+    let gate = Policy::parse("gate", "gate", TEST, &common).unwrap();
     let convert = |policy: &Policy, denial| -> &'static [Instruction] {
         let program = policy.program(denial).unwrap();
         let program = program.iter().map(|i| instruction(i.code, i.jt, i.jf, i.k));
