@@ -110,6 +110,38 @@ step_rng() {
     say "random bytes from $(cat /sys/class/misc/hw_random/rng_current)"
 }
 
+free_mib() { awk '/MemFree/ { print int($2 / 1024) }' /proc/meminfo; }
+
+# The balloon has taken most of the memory; what is used for files is given up for it. Then the guest
+# needs more than is left, and takes it back before it kills a program.
+step_balloon() {
+    tries=0
+    while [ "$(free_mib)" -gt 160 ] && [ $tries -lt 600 ]; do
+        usleep 100000
+        tries=$((tries + 1))
+    done
+    say "ballooned $(free_mib) MiB free"
+    read -r _
+    mkdir -p /fill
+    mount -t tmpfs -o size=300m none /fill || fail "cannot mount a tmpfs"
+    dd if=/dev/zero of=/fill/file bs=1M count=260 2>/dev/null || fail "no 260 MiB of memory"
+    say "deflated"
+    read -r _
+}
+
+# A large file comes, and goes: the host gets its memory back.
+step_report() {
+    mkdir -p /fill
+    mount -t tmpfs -o size=400m none /fill || fail "cannot mount a tmpfs"
+    dd if=/dev/zero of=/fill/file bs=1M count=300 2>/dev/null || fail "no 300 MiB of memory"
+    say "filled"
+    read -r _
+    rm /fill/file
+    say "dropped"
+    read -r _
+    umount /fill
+}
+
 wait_for_pmem() {
     tries=0
     while [ ! -b /dev/pmem0 ] && [ $tries -lt 100 ]; do
@@ -248,7 +280,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done
