@@ -105,6 +105,11 @@ fn check_devices(vm: &Vm) -> Result<(), Error> {
         {
             files::open_image(device.id.as_str(), path, *readonly)?;
         }
+        if let Kind::Fs(share) = &device.kind
+            && let Some(path) = &share.path
+        {
+            files::open_share(device.id.as_str(), path, share)?;
+        }
         if let Kind::Vsock { socket, .. } = &device.kind {
             files::can_listen(device.id.as_str(), socket)?;
         }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anemone_config::{
-    Accel, Balloon, CommandLine, Config, Console, Cpus, Disk, Id, Machine, Memory, Net, OnPanic,
-    OnReboot, PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Size, Switch,
-    VhostUser, Vm, Vsock, keyvalue,
+    Accel, Balloon, CommandLine, Config, Console, Cpus, Disk, Fs, Id, Machine, Memory, Net,
+    OnPanic, OnReboot, PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Size,
+    Switch, VhostUser, Vm, Vsock, keyvalue,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -48,8 +48,8 @@ Examples:
               --cpus 4 --memory 2G --disk root.img --disk data.img,readonly,id=data
   anemone run vm.toml --console pty --serial file=boot.log
 
-An option replaces what the file says about the same thing as a whole; --disk and --pmem add to
-those of the file. In lists of keys, a comma that belongs to a value is written twice.
+An option replaces what the file says about the same thing as a whole; --disk, --fs and --pmem add
+to those of the file. In lists of keys, a comma that belongs to a value is written twice.
 
 On a terminal, Ctrl-A is the escape key of the console: Ctrl-A x ends the VM, Ctrl-A p presses the
 power button, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends one Ctrl-A to the guest.
@@ -233,6 +233,11 @@ pub struct VmArgs {
         value_parser = switch::<Balloon>
     )]
     balloon: Option<Switch<Balloon>>,
+    /// A directory of this host that the guest mounts; may be given several times. Keys: tag (the name by
+    /// which the guest mounts it), path, readonly, cache (none, auto, always), queues, owner (self,
+    /// guest), uid-map, gid-map, memory, id, slot, binary, socket.
+    #[arg(long, value_name = "tag=TAG,path=PATH[,KEY=VALUE...]", value_parser = list::<Fs>)]
+    fs: Vec<Fs>,
     /// Persistent memory, a file that the guest maps; may be given several times. Keys: path, size,
     /// readonly, id, slot, binary.
     #[arg(
@@ -345,6 +350,7 @@ impl VmArgs {
         replace_optional(&mut config.serial, self.serial);
         replace_optional(&mut config.rng, self.rng);
         replace_optional(&mut config.balloon, self.balloon);
+        config.fs.extend(self.fs);
         config.pmem.extend(self.pmem);
         replace_optional(&mut config.vsock, self.vsock);
         config.vhost_user.extend(self.vhost_user);

@@ -3,11 +3,11 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use anemone_config::PMEM_UNIT;
+use anemone_config::{PMEM_UNIT, Share, ShareOwner};
 use thiserror::Error;
 
 use crate::sys;
@@ -50,6 +50,9 @@ pub enum Reason {
         /// What was asked for.
         wanted: u64,
     },
+    /// Only root can act for others.
+    #[error("files of the guest's users can only be made by root; leave `owner=guest` out")]
+    NotRoot,
     /// The user may not write.
     #[error("it is read-only and cannot be opened for writing; add `readonly` to the device")]
     ReadOnly,
@@ -141,6 +144,25 @@ pub fn open_pmem(
         }
     };
     Err(OpenError::new(owner, path, reason))
+}
+
+/// Opens a directory that is to be shared, to be the place from which its process works.
+pub fn open_share(id: &str, path: &Path, share: &Share) -> Result<OwnedFd, OpenError> {
+    let error = |reason| OpenError::new(format!("fs `{id}`"), path, reason);
+    if share.owner == ShareOwner::Guest && sys::effective_user() != 0 {
+        return Err(error(Reason::NotRoot));
+    }
+    let metadata = path.metadata().map_err(|e| error(e.into()))?;
+    if !metadata.is_dir() {
+        return Err(error(Reason::NotA("directory")));
+    }
+    // One that the user cannot list is of no use to the guest.
+    path.read_dir().map_err(|e| error(e.into()))?;
+    let directory = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(path);
+    Ok(directory.map_err(|e| error(e.into()))?.into())
 }
 
 /// Opens a regular file or a block device that is not empty; with its size.
@@ -303,6 +325,39 @@ mod tests {
                 .to_string()
                 .contains("not a regular file or block device")
         );
+    }
+
+    #[test]
+    fn a_share_is_a_directory() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = anemone_config::Config {
+            kernel: Some("k".into()),
+            fs: vec![anemone_config::Fs {
+                tag: Some("t".parse().unwrap()),
+                path: Some("p".into()),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let vm = config.resolve().unwrap();
+        let share = vm.devices.iter().find_map(|device| match &device.kind {
+            anemone_config::Kind::Fs(share) => Some(share),
+            _ => None,
+        });
+        let share = share.unwrap();
+        assert!(open_share("f", folder.path(), share).is_ok());
+        let file = folder.path().join("file");
+        File::create(&file).unwrap();
+        for (path, part) in [
+            (file, "not a directory"),
+            (folder.path().join("no"), "No such"),
+        ] {
+            let text = open_share("f", &path, share).unwrap_err().to_string();
+            assert!(
+                text.starts_with("fs `f`: ") && text.contains(part),
+                "{text}"
+            );
+        }
     }
 
     #[test]

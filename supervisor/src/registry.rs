@@ -64,6 +64,13 @@ pub const DEVICES: &[Entry] = &[
         program: "anemone-console",
         default: true,
     },
+    #[cfg(feature = "fs")]
+    Entry {
+        name: "fs",
+        summary: "a directory of the host that the guest mounts",
+        program: "anemone-fs",
+        default: false,
+    },
     #[cfg(feature = "pmem")]
     Entry {
         name: "pmem",
@@ -167,6 +174,7 @@ pub fn name_of(kind: &Kind) -> &'static str {
         Kind::Disk { .. } => "blk",
         Kind::Console { .. } => "console",
         Kind::Balloon { .. } => "balloon",
+        Kind::Fs(_) => "fs",
         Kind::Pmem { .. } => "pmem",
         Kind::Rng { .. } => "rng",
         Kind::Vsock { .. } => "vsock",

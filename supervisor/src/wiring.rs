@@ -159,6 +159,7 @@ impl Wiring<'_> {
                     .sockets
                     .and_then(|sockets| sockets.get(index))
                     .map(|socket| fds.add(socket)),
+                config: device.kind.config(),
                 pmem: self.pmem.of(index).map(|pmem| Pmem {
                     file: fds.add(&pmem.file),
                     size: pmem.size,

@@ -155,6 +155,9 @@ pub fn build(
             None => (absent(device), new_work()?, None),
         };
         let mut connected = connected;
+        if let Some(config) = &device.config {
+            connected.config.clone_from(config);
+        }
         if let Some(pmem) = pmem.iter().find(|pmem| pmem.slot == device.slot) {
             connected.config = pmem.config();
         }
@@ -256,11 +259,13 @@ fn add_device(
 ) -> Result<Arc<VirtioPci>, Error> {
     // One vector per queue and one for configuration changes.
     let limit = map::MSI_ROUTES_PER_SLOT as u16 - 1;
-    if device.queues == 0 || device.queues > limit || device.config_size > 256 {
+    let given = device.config.as_ref().map_or(0, Vec::len);
+    let config_size = given.max(device.config_size.into());
+    if device.queues == 0 || device.queues > limit || config_size > 256 {
         return Err(Error::Config(format!(
             "device `{}`: {} queues and {} bytes of configuration; allowed are 1 to {limit} and \
              at most 256",
-            device.id, device.queues, device.config_size
+            device.id, device.queues, config_size
         )));
     }
     let layout = Layout {

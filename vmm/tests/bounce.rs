@@ -146,6 +146,7 @@ fn machine(spy: &Spy, bounce: bool) -> Vmm {
             slot: SLOT as u8,
             queues: 1,
             config_size: 0,
+            config: None,
             socket: Some(FdIndex(MORE_FDS)),
             pmem: None,
             bounce: bounce.then_some(Bounce {

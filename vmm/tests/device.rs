@@ -46,6 +46,7 @@ fn rng(socket: u16) -> Device {
         slot: SLOT as u8,
         queues: 1,
         config_size: 0,
+        config: None,
         socket: Some(FdIndex(socket)),
         pmem: None,
         bounce: None,

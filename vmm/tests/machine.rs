@@ -147,6 +147,7 @@ fn nonsense_from_the_guest_harms_nothing() {
             slot: 8,
             queues: 4,
             config_size: 60,
+            config: None,
             socket: None,
             pmem: None,
             bounce: None,

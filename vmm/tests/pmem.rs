@@ -23,6 +23,7 @@ fn device(slot: u8, file: u16, size: u64, read_only: bool) -> Device {
         slot,
         queues: 1,
         config_size: 0,
+        config: None,
         socket: None,
         bounce: None,
         pmem: Some(Pmem {

@@ -12,7 +12,9 @@ use crate::sh;
 /// Target of `.cargo/config.toml`, which decides where cargo puts what it builds.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const ACCELERATORS: &[&str] = &["kvm", "soft", "none"];
-const DEVICES: &[&str] = &["balloon", "blk", "console", "net", "pmem", "rng", "vsock"];
+const DEVICES: &[&str] = &[
+    "balloon", "blk", "console", "fs", "net", "pmem", "rng", "vsock",
+];
 const MACHINE: &[&str] = &["serial", "panic-device"];
 
 /// A file of `configs/`.
@@ -227,7 +229,7 @@ mod tests {
         let error = Config::read(&path).unwrap_err().to_string();
         assert!(
             error.contains("floppy")
-                && error.contains("balloon, blk, console, net, pmem, rng, vsock")
+                && error.contains("balloon, blk, console, fs, net, pmem, rng, vsock")
         );
         fs::write(
             &path,

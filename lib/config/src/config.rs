@@ -9,6 +9,7 @@ use thiserror::Error as ThisError;
 
 use crate::balloon::Balloon;
 use crate::net::Net;
+use crate::share::Fs;
 use crate::short::{self, Short, Switch};
 use crate::value::{
     AccelType, CommandLine, CpuModel, DiskSerial, Exposure, Format, Id, Ids, Machine, MemorySize,
@@ -99,6 +100,12 @@ pub struct Config {
     /// The memory balloon; by default there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Switch<Balloon>>,
+    /// Shared directories, in the order of default slots.
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "short::tables"
+    )]
+    pub fs: Vec<Fs>,
     /// Persistent memory, in the order of default slots.
     #[serde(
         skip_serializing_if = "Vec::is_empty",
@@ -411,6 +418,9 @@ impl Config {
             vec![&mut self.kernel, &mut self.initrd, &mut self.accel.socket];
         for disk in &mut self.disk {
             paths.extend([&mut disk.path, &mut disk.binary, &mut disk.socket]);
+        }
+        for fs in &mut self.fs {
+            paths.extend([&mut fs.path, &mut fs.binary, &mut fs.socket]);
         }
         for pmem in &mut self.pmem {
             paths.extend([&mut pmem.path, &mut pmem.binary]);

@@ -15,6 +15,7 @@ mod balloon;
 mod config;
 pub mod keyvalue;
 mod net;
+mod share;
 mod short;
 mod value;
 mod vhost_user;
@@ -26,11 +27,12 @@ pub use config::{
     Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Restart, Rng, Serial,
 };
 pub use net::{Card, Forward, Forwards, IfName, Mac, Net, Protocol, Uplink};
+pub use share::{Fs, IdMap, Share, Tag};
 pub use short::{Short, Switch};
 pub use value::{
     AccelType, CommandLine, CpuModel, DiskSerial, Exposure, Format, Id, Ids, Machine, MemorySize,
-    NetType, OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, SinkType, Size, ValueError,
-    Within,
+    NetType, OnPanic, OnReboot, RestartLimit, RestartPolicy, Sandbox, ShareCache, ShareOwner,
+    SinkType, Size, ValueError, Within,
 };
 pub use vhost_user::{DeviceType, VhostUser};
 pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};

@@ -209,6 +209,28 @@ words! {
     }
 }
 words! {
+    /// What a guest may keep in its caches of a shared directory.
+    ShareCache {
+        /// Nothing.
+        None = "none",
+        /// Names and attributes for a second, data until a file is opened that has changed.
+        #[default]
+        Auto = "auto",
+        /// Everything: nobody else changes the directory.
+        Always = "always",
+    }
+}
+words! {
+    /// Whose the files are that a guest makes in a shared directory.
+    ShareOwner {
+        /// The user's who runs the VM.
+        #[default]
+        Oneself = "self",
+        /// The guest's users'.
+        Guest = "guest",
+    }
+}
+words! {
     /// Where a console goes that needs no path.
     SinkType {
         /// Standard input and output of `anemone`.

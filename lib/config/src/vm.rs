@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
 use crate::net::{self, Card};
+use crate::share::Share;
 use crate::short::Switch;
 use crate::value::{AccelType, CommandLine, Exposure, Format, Id, SinkType, Size, Within};
 use crate::vhost_user::DeviceType;
@@ -32,6 +33,12 @@ pub enum Invalid {
         /// What was found.
         size: Size,
     },
+    /// A share without a name.
+    #[error("`{0}`: needs `tag`, the name by which the guest mounts the directory")]
+    NoTag(String),
+    /// A share without a directory.
+    #[error("`{0}`: needs `path` (its directory) or `socket` (a back end that already runs)")]
+    NoDirectory(String),
     /// Sockets without a place on the host.
     #[error("`{0}`: needs `socket`, the path at which programs of this host connect to the guest")]
     NoSocket(String),
@@ -104,7 +111,7 @@ pub enum Invalid {
     #[error(
         "PCI slot {slot} is claimed by `{first}` and `{second}`; every device has a slot of its own, \
          1 to 31 (by default console 1, rng 2, panic device 3, balloon 4, vsock 5, disks from 8, network cards \
-         from 16, pmem from 24 and vhost-user from 28 on)"
+         from 16, fs from 20, pmem from 24 and vhost-user from 28 on)"
     )]
     SlotTaken {
         /// The slot.
@@ -116,7 +123,7 @@ pub enum Invalid {
     },
     /// More devices of a kind than default slots.
     #[error(
-        "`{0}`: no default slot is left (disks take 8 to 31, network cards 16 to 31, pmem 24 to 31); \
+        "`{0}`: no default slot is left (disks take 8 to 31, network cards 16 to 31, fs 20 to 31, pmem 24 to 31); \
          name one with `slot`"
     )]
     NoSlot(String),
@@ -220,6 +227,8 @@ pub enum Kind {
         /// The guest cannot write.
         readonly: bool,
     },
+    /// A shared directory.
+    Fs(Share),
     /// Sockets between the guest and the host.
     Vsock {
         /// The guest's address.
@@ -284,6 +293,7 @@ impl Kind {
             Self::Console { .. } => 3,
             Self::Rng { .. } => 4,
             Self::Balloon { .. } => 5,
+            Self::Fs(_) => 26,
             Self::Pmem { .. } => 27,
             Self::Vsock { .. } => 19,
             Self::External { device_type, .. } => device_type.get(),
@@ -293,16 +303,24 @@ impl Kind {
     /// Length of the device-specific configuration in bytes: `virtio_blk_config` up to
     /// `write_zeroes_may_unmap` and its padding (virtio 1.2, 5.2.4), `virtio_console_config`
     /// (5.3.4), none (5.4.4), `virtio_vsock_config` (5.10.4), `virtio_net_config` up to `mtu`
-    /// (5.1.4). That of persistent memory (5.19.4) is not the back end's: where the memory is, the VMM knows, which has put it there.
+    /// (5.1.4). That of a shared directory is [`config`](Self::config). That of persistent memory (5.19.4) is not the back end's: where the memory is, the VMM knows, which has put it there.
     pub fn config_size(&self) -> u16 {
         match self {
             Self::Disk { .. } => 60,
             Self::Console { .. } | Self::Net(_) => 12,
-            Self::Rng { .. } | Self::Pmem { .. } => 0,
+            Self::Rng { .. } | Self::Pmem { .. } | Self::Fs(_) => 0,
             // `num_pages` and `actual` of virtio_balloon_config (5.5.4).
             Self::Balloon { .. } => 8,
             Self::Vsock { .. } => 8,
             Self::External { config_size, .. } => *config_size,
+        }
+    }
+
+    /// Configuration space that is this program's to say, and not the back end's.
+    pub fn config(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Fs(share) => Some(share.config()),
+            _ => None,
         }
     }
 }
@@ -377,6 +395,9 @@ impl Config {
         }
         for (number, disk) in (0u16..).zip(&mut self.disk) {
             devices.push(block(disk, number, &mut names)?);
+        }
+        for (number, fs) in (0u16..).zip(&mut self.fs) {
+            devices.push(fs.resolve(number, &mut names)?);
         }
         for (number, pmem) in (0u16..).zip(&mut self.pmem) {
             devices.push(persistent_memory(pmem, number, &mut names)?);
@@ -496,7 +517,7 @@ pub(crate) fn refuse_empty(key: &str, path: Option<&Path>) -> Result<(), Invalid
     }
 }
 
-fn backend(
+pub(crate) fn backend(
     id: &Id,
     binary: Option<&PathBuf>,
     socket: Option<&PathBuf>,

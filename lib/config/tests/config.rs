@@ -388,6 +388,23 @@ fn contradictions_are_refused() {
             "disk = [\"readonly=on\"]",
             Invalid::NoImage("disk0".to_owned()),
         ),
+        ("fs = [\"path=d\"]", Invalid::NoTag("fs0".to_owned())),
+        (
+            "fs = [\"tag=a,path=d\", \"tag=b\"]",
+            Invalid::NoDirectory("fs1".to_owned()),
+        ),
+        (
+            "fs = [\"tag=a,path=\"]",
+            Invalid::EmptyPath("fs0: path".to_owned()),
+        ),
+        (
+            "fs = [\"tag=a,socket=s,uid-map=0:1:1\"]",
+            Invalid::Meaningless {
+                owner: "fs0".to_owned(),
+                key: "uid-map",
+                because: "beside `socket`: the back end has its own settings",
+            },
+        ),
         (
             "balloon = \"size=512M\"",
             Invalid::BalloonSize {
@@ -568,4 +585,48 @@ fn unknown_key<T: Short>() -> String {
         Err(error) => error.to_string(),
         Ok(_) => panic!("every key is accepted"),
     }
+}
+
+#[test]
+fn shares_have_tags_and_maps() {
+    let vm = resolve(
+        "[[fs]]\ntag = \"src\"\npath = \"/srv\"\nuid-map = \"0:1000:1+1:100000:65536\"\n\
+         queues = 3\ncache = \"always\"\nowner = \"guest\"\n[[fs]]\ntag = \"b\"\nsocket = \"s\"",
+    )
+    .expect("a machine");
+    let devices: Vec<_> = vm
+        .devices
+        .iter()
+        .filter(|device| matches!(device.kind, Kind::Fs(_)))
+        .map(|device| (device.id.to_string(), device.slot, device.queues))
+        .collect();
+    assert_eq!(
+        devices,
+        [("fs0".to_owned(), 20, 4), ("fs1".to_owned(), 21, 2)]
+    );
+    let config = vm.devices.iter().find_map(|device| device.kind.config());
+    let config = config.expect("the configuration space of a share");
+    assert_eq!(
+        (config.len(), &config[..4], &config[36..]),
+        (40, &b"src\0"[..], &[3, 0, 0, 0][..])
+    );
+    for (keys, part) in [
+        ("tag=", "1 to 36 bytes"),
+        ("tag=a,cache=some", "`none`, `auto`, `always`"),
+        ("tag=a,owner=me", "`self`, `guest`"),
+        ("tag=a,queues=17", "1 to 16"),
+        ("tag=a,uid-map=0:1", "GUEST:HOST:COUNT"),
+        ("tag=a,uid-map=0:0:0", "GUEST:HOST:COUNT"),
+        ("tag=a,gid-map=0:0:2+1:9:1", "no two overlap"),
+        ("tag=a,gid-map=0:4294967295:1", "GUEST:HOST:COUNT"),
+    ] {
+        let error = parse(&format!("fs = [\"{keys}\"]")).expect_err(keys);
+        assert!(error.contains(part), "{keys}: {error}");
+    }
+    let long = format!("fs = [\"tag={}\"]", "x".repeat(37));
+    assert!(
+        parse(&long)
+            .expect_err("37 bytes")
+            .contains("1 to 36 bytes")
+    );
 }

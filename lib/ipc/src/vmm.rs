@@ -78,6 +78,8 @@ pub struct Device {
     pub config_size: u16,
     /// Connected vhost-user stream socket; absent for a `check`.
     pub socket: Option<FdIndex>,
+    /// Device-specific configuration, where it is not the back end's to say; `config_size` is 0 then.
+    pub config: Option<Vec<u8>>,
     /// Persistent memory of the device, where it is one.
     pub pmem: Option<Pmem>,
     /// What the back end sees in place of guest memory; absent if it sees that.

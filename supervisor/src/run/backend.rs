@@ -71,6 +71,11 @@ enum Part {
         readonly: bool,
     },
     Vsock(Dialer),
+    Share {
+        directory: OwnedFd,
+        namespace: Option<OwnedFd>,
+        share: Box<config::Share>,
+    },
     Net(OpenCard),
 }
 
@@ -128,6 +133,18 @@ impl Prepared {
             Kind::External { .. } => {
                 let text = format!("device `{id}`: its back end is always a socket");
                 return Err(Error::Failed(text));
+            }
+            Kind::Fs(share) => {
+                let path = share.path.clone().unwrap_or_default();
+                Part::Share {
+                    directory: files::open_share(&id, &path, share)?,
+                    // Made while this process still has its capabilities, for every process that
+                    // will serve the share.
+                    namespace: anemone_sandbox::id_namespace()
+                        .inspect_err(|e| log::debug!("{id}: no user namespace: {e}"))
+                        .ok(),
+                    share: Box::new(share.clone()),
+                }
             }
             Kind::Vsock { cid, socket } => Part::Vsock(Dialer::open(&id, *cid, socket)?),
             Kind::Net(card) => Part::Net(net::open(&id, card, programs)?),
@@ -212,6 +229,8 @@ impl Part {
             Self::Console(_) | Self::Serial(_) => 8,
             // A descriptor for each connection.
             Self::Vsock(_) => 4096,
+            // Its tables, and a descriptor for each open file. Beyond that they are opened by name.
+            Self::Share { .. } => 8192,
         }
     }
 
@@ -262,6 +281,29 @@ impl Part {
                 }
             }
             Self::Vsock(dialer) => dialer.pass(program),
+            Self::Share {
+                directory,
+                namespace,
+                share,
+            } => {
+                program
+                    .fd_option("--directory-fd", directory.as_fd())
+                    .option("--tag", &share.tag)
+                    .option("--cache", share.cache)
+                    .option("--owner", share.owner)
+                    .option("--queues", share.queues);
+                if let Some(namespace) = namespace {
+                    program.fd_option("--namespace-fd", namespace.as_fd());
+                }
+                if share.readonly {
+                    program.arg("--readonly");
+                }
+                for (name, map) in [("--uid-map", &share.uid_map), ("--gid-map", &share.gid_map)] {
+                    if let Some(map) = map {
+                        program.option(name, map);
+                    }
+                }
+            }
             Self::Net(card) => card.pass(program),
         }
     }

@@ -229,6 +229,41 @@ const CASES: &[Case] = &[
         words: &["4K"],
     },
     Case {
+        name: "share of nothing",
+        arguments: &["--kernel", "DIR/tiny.elf", "--fs", "tag=a,path=DIR/absent"],
+        words: &["absent"],
+    },
+    Case {
+        name: "share of a file",
+        arguments: &["--kernel", "DIR/tiny.elf", "--fs", "tag=a,path=DIR/disk"],
+        words: &["directory"],
+    },
+    Case {
+        name: "share without a tag",
+        arguments: &["--kernel", "DIR/tiny.elf", "--fs", "path=DIR"],
+        words: &["tag"],
+    },
+    Case {
+        name: "unknown owner of a share",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--fs",
+            "tag=a,path=DIR,owner=me",
+        ],
+        words: &["self", "guest"],
+    },
+    Case {
+        name: "impossible ids of a share",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--fs",
+            "tag=a,path=DIR,uid-map=0:1",
+        ],
+        words: &["GUEST:HOST:COUNT"],
+    },
+    Case {
         name: "pmem of odd size",
         arguments: &["--kernel", "DIR/tiny.elf", "--pmem", "path=DIR/odd"],
         words: &["2 MiB"],
