@@ -194,7 +194,10 @@ fn races_with_the_host_never_lead_out() {
             }
         });
         let mut mount = mount!(shared);
-        for _ in 0..3000 {
+        // The host may be stopped for a while in any state, also in one where nothing is there.
+        let mut tries = 0;
+        while tries < 3000 || read < 100 {
+            tries += 1;
             let Ok(dir) = mount.lookup(ROOT, "dir") else {
                 refused += 1;
                 continue;
@@ -218,7 +221,6 @@ fn races_with_the_host_never_lead_out() {
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     println!("{read} times read, {refused} times refused");
-    assert!(read > 0);
     assert_eq!(fs::read(outside.join("file")).unwrap(), b"secret");
 }
 
