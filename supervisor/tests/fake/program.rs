@@ -240,7 +240,8 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
     }
 }
 
-/// Steps: `ready`, `fail:TEXT`, `quit`, `power`, `keep:KEY`, `forget:KEY`, and those of [`vmm`] that
+/// Steps: `ready`, `fail:TEXT`, `quit`, `power`, `keep:KEY`, `forget:KEY`, `dial:PORT` (the port is
+/// the question's id, too; a socket that comes gets the id), and those of [`vmm`] that
 /// end the process. After the last step it obeys its channel until that closes.
 fn device(folder: &Path, channel: &Channel, args: &[String]) {
     let id = after(args, "--id").expect("--id");
@@ -278,6 +279,11 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
                 let keep = FromDevice::Keep { key, fd };
                 channel.send(&keep, &[file.as_fd()]).expect("send");
             }
+            "dial" => {
+                let port: u32 = value.parse().expect("a number");
+                let id = port.into();
+                send(&FromDevice::Dial { id, port });
+            }
             "forget" => send(&FromDevice::Forget {
                 key: value.parse().expect("a number"),
             }),
@@ -299,15 +305,16 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
                     connections.push(received.take(socket).expect("socket"));
                     note(folder, &id, "connect");
                 }
-                ToDevice::Dialed {
+                &ToDevice::Dialed {
                     id: question,
                     socket,
                 } => {
-                    note(
-                        folder,
-                        &id,
-                        &format!("dialed {question} {}", socket.is_some()),
-                    );
+                    if let Some(index) = socket {
+                        let mut stream = File::from(received.take(index).expect("socket"));
+                        write!(stream, "{question}").expect("socket");
+                    }
+                    let outcome = socket.map_or("refused", |_| "connected");
+                    note(folder, &id, &format!("dialed {question} {outcome}"));
                 }
                 ToDevice::Balloon { target } => {
                     note(folder, &id, &format!("balloon {target:?}"));

@@ -53,6 +53,16 @@ fn command_line() {
         (&["--console", "floppy"], &["floppy", "`pty`"]),
         (&["--serial", "file=a,unix=b"], &["serial", "only one"]),
         (&["--name", "a b"], &["--name", "a b", "letters"]),
+        (&["--vsock", "cid=3"], &["`vsock`", "`socket`"]),
+        (
+            &["--vsock", "socket=v,cid=2"],
+            &["--vsock", "2", "3 to 4294967294"],
+        ),
+        (
+            &["--vsock", "no/such/folder/v"],
+            &["vsock", "no/such/folder", "No such file"],
+        ),
+        (&["--vsock", "kernel"], &["vsock", "not a socket"]),
     ] {
         // A second `--accel` or `--console` replaces nothing: clap refuses it.
         let accel = args.contains(&"--accel");

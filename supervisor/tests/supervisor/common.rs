@@ -40,6 +40,7 @@ impl Lab {
             "anemone-balloon",
             "anemone-rng",
             "anemone-net",
+            "anemone-vsock",
         ] {
             fs::copy(&fake, lab.path(name)).unwrap();
         }

@@ -178,6 +178,53 @@ fn what_a_device_can_do_wrong() {
     }
 }
 
+/// The device names a port, and nothing else: before the VM runs, in the supervisor's jail, and from
+/// the next process.
+#[test]
+fn a_guest_is_connected_to_the_sockets_of_the_host() {
+    let lab = Lab::new();
+    lab.write("vmm.script", "ready start serve");
+    let script = "dial:7 ready sleep:200 kill:9\nready dial:8 dial:9 dial:7\n";
+    lab.write("vsock.script", script);
+    let listener = UnixListener::bind(lab.path("v_7")).unwrap();
+    // A listener that takes no more, which must not hold the supervisor up.
+    let full = UnixListener::bind(lab.path("v_9")).unwrap();
+    let mut waiting = Vec::new();
+    full.set_nonblocking(true).unwrap();
+    fill(&lab.path("v_9"), &mut waiting);
+    let child = lab.start(&["--vsock", "socket=v,cid=9"]);
+    let _driver = lab.drive();
+    // The first process ends before it has taken its connection.
+    for expected in ["", "7"] {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert_eq!(text, expected);
+    }
+    lab.wait_for("answers", || {
+        lab.log("vsock").contains("dialed 7 connected")
+    });
+    let log = lab.log("vsock");
+    assert!(log.contains("dialed 8 refused"), "nobody listens: {log}");
+    assert!(log.contains("dialed 9 refused"), "the queue is full: {log}");
+    assert!(lab.path("v").exists());
+    signal(&child, libc::SIGTERM);
+    lab.finish(child).expect(0, &[]);
+    let log = lab.log("vsock");
+    assert!(log.contains("--cid 9 --listen-fd "), "{log}");
+    assert!(!lab.path("v").exists(), "the socket is left behind");
+}
+
+/// Connects until the listener's queue is full.
+fn fill(path: &std::path::Path, streams: &mut Vec<std::os::fd::OwnedFd>) {
+    let (folder, name) = (path.parent().unwrap(), path.file_name().unwrap());
+    let base = folder.join(name.to_str().unwrap().trim_end_matches("_9"));
+    while let Ok(stream) = anemone_process::dial(&base, 9) {
+        streams.push(stream);
+        assert!(streams.len() < 100_000, "the queue has no end");
+    }
+}
+
 #[test]
 fn how_a_device_ended_says_more_than_what_the_vmm_saw() {
     let lab = Lab::new();
