@@ -152,6 +152,11 @@ pub fn guest_runner() -> Result<PathBuf> {
     program("anemone-guest-init")
 }
 
+/// Inside a guest: connections to the host and back.
+pub fn guest_sockets() -> Result<PathBuf> {
+    Ok(guest_runner()?.with_file_name("anemone-guest-vsock"))
+}
+
 /// The program of a package that is not part of any build configuration and has its name.
 pub fn program(package: &str) -> Result<PathBuf> {
     sh::run(cargo().args(["build", "--release", "--quiet", "--package", package]))?;

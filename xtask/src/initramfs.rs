@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::build;
 use crate::cpio::Writer;
 use crate::modules::Modules;
 use crate::packages::{Kernel, Packages};
@@ -20,6 +21,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_blk",
     "virtio_rng",
     "virtio_balloon",
+    "vmw_vsock_virtio_transport",
     "virtio_pmem",
     "nd_pmem",
     "virtio_net",
@@ -112,21 +114,38 @@ pub fn guest(packages: &Packages) -> Result<Guest> {
 
 /// The guest under test with a given kernel.
 pub fn guest_with(packages: &Packages, kernel: &Kernel) -> Result<Guest> {
-    small(packages, kernel, "guest", "inner/init.sh", GUEST_MODULES)
+    let program = build::guest_sockets()?;
+    let programs = [("bin/anemone-guest-vsock", program.as_path())];
+    small(
+        packages,
+        kernel,
+        "guest",
+        "inner/init.sh",
+        GUEST_MODULES,
+        &programs,
+    )
 }
 
 /// A kernel and an initramfs that start the system on the first disk.
 pub fn on_disk(packages: &Packages, kernel: &Kernel) -> Result<Guest> {
-    small(packages, kernel, "root", "debian/init.sh", ROOT_MODULES)
+    small(
+        packages,
+        kernel,
+        "root",
+        "debian/init.sh",
+        ROOT_MODULES,
+        &[],
+    )
 }
 
-/// busybox, some modules, and a script of `tests/guest` as the first program.
+/// busybox, some modules, a script of `tests/guest` as the first program, and other programs.
 fn small(
     packages: &Packages,
     kernel: &Kernel,
     folder: &str,
     init: &str,
     modules: &[&str],
+    programs: &[(&str, &Path)],
 ) -> Result<Guest> {
     let name = format!("guest/{folder}-{}.cpio", kernel.flavour.name());
     let path = sh::build_dir(&name);
@@ -142,6 +161,9 @@ fn small(
     }
     let init = sh::root().join("tests/guest").join(init);
     put(&mut archive, "init", 0o755, &init)?;
+    for (name, program) in programs {
+        put(&mut archive, name, 0o755, program)?;
+    }
     put_modules(&mut archive, kernel, modules)?;
     archive.finish()?;
     Ok(Guest {

@@ -244,6 +244,11 @@ step_serve() {
     say "serving"
 }
 
+# Sockets to the host and back; the program says what it does.
+step_vsock() {
+    anemone-guest-vsock "$(option vsock)" || fail "vsock"
+}
+
 # A shell, with the disk's files if there is a disk.
 step_shell() {
     if [ -b /dev/vda ] && mkdir -p /disk && mount -t ext4 /dev/vda /disk; then
@@ -280,7 +285,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

@@ -1,6 +1,8 @@
 //! What the program that runs scenarios and xtask share: where they run, the lines of their
-//! conversation, and the checks of a jailed process as `/proc` shows it.
+//! conversation, the checks of a jailed process as `/proc` shows it, and bytes to compare.
 
 pub mod jail;
+pub mod pattern;
 pub mod place;
 pub mod protocol;
+pub mod sockets;

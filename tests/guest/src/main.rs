@@ -14,6 +14,7 @@ mod probe;
 mod scenarios;
 mod sys;
 mod vm;
+mod vsock;
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io;

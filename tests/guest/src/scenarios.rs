@@ -171,6 +171,11 @@ pub const ALL: &[Scenario] = &[
         crate::net::restart,
     )
     .only("soft"),
+    Scenario::new(
+        "vsock",
+        "megabytes over sockets of both sides, both ways, half-closed",
+        crate::vsock::streams,
+    ),
     Scenario::new("console-pty", "a shell on a pseudo-terminal", console_pty),
     Scenario::new(
         "serial",

@@ -6,6 +6,7 @@ mod daemons;
 mod net;
 mod qtest;
 mod rng;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -42,6 +43,7 @@ const TESTS: &[Test] = &[
     ("dpdk's virtio-user on anemone-net", net::under_dpdk),
     ("dpdk's vhost under the loop driver", net::foreign),
     ("qemu has random numbers of anemone-rng", rng::under_qemu),
+    ("qemu has sockets of anemone-vsock", vsock::under_qemu),
     ("vhost-device-rng under our VMM", rng::foreign),
 ];
 
