@@ -154,6 +154,7 @@ impl Wiring<'_> {
                 device_type: device.kind.device_type(),
                 slot: device.slot,
                 queues: device.queues,
+                queue_size: device.kind.queue_size(),
                 config_size: device.kind.config_size(),
                 socket: self
                     .sockets

@@ -11,7 +11,7 @@ use anemone_ipc::vmm::{Device, Summary, ToVmm, VmConfig};
 use anemone_ipc::{Received, VERSION};
 use anemone_sandbox::Mode;
 use anemone_virt::{Board, map};
-use anemone_virtio::{Bounce, Connected, Layout, VirtioPci, WorkQueue};
+use anemone_virtio::{Bounce, Connected, Layout, QUEUE_SIZE, VirtioPci, WorkQueue};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::device::{Running, Starting};
@@ -261,11 +261,12 @@ fn add_device(
     let limit = map::MSI_ROUTES_PER_SLOT as u16 - 1;
     let given = device.config.as_ref().map_or(0, Vec::len);
     let config_size = given.max(device.config_size.into());
-    if device.queues == 0 || device.queues > limit || config_size > 256 {
+    let fits = device.queue_size.is_power_of_two() && device.queue_size <= QUEUE_SIZE;
+    if device.queues == 0 || device.queues > limit || config_size > 256 || !fits {
         return Err(Error::Config(format!(
-            "device `{}`: {} queues and {} bytes of configuration; allowed are 1 to {limit} and \
-             at most 256",
-            device.id, device.queues, config_size
+            "device `{}`: {} queues of {} and {config_size} bytes of configuration; allowed are 1 to \
+             {limit}, a power of two up to {QUEUE_SIZE}, and at most 256",
+            device.id, device.queues, device.queue_size
         )));
     }
     let layout = Layout {
@@ -274,6 +275,7 @@ fn add_device(
         bar: map::slot_bar_base(device.slot),
         first_route: map::slot_first_route(device.slot),
         queues: connected.queues,
+        queue_size: device.queue_size,
         features: connected.features,
         config: connected.config,
     };

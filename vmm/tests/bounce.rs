@@ -145,6 +145,7 @@ fn machine(spy: &Spy, bounce: bool) -> Vmm {
             device_type: 4,
             slot: SLOT as u8,
             queues: 1,
+            queue_size: 256,
             config_size: 0,
             config: None,
             socket: Some(FdIndex(MORE_FDS)),

@@ -45,6 +45,7 @@ fn rng(socket: u16) -> Device {
         device_type: 4,
         slot: SLOT as u8,
         queues: 1,
+        queue_size: 256,
         config_size: 0,
         config: None,
         socket: Some(FdIndex(socket)),

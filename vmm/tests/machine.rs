@@ -146,6 +146,7 @@ fn nonsense_from_the_guest_harms_nothing() {
             device_type: 2,
             slot: 8,
             queues: 4,
+            queue_size: 256,
             config_size: 60,
             config: None,
             socket: None,

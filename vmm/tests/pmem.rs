@@ -22,6 +22,7 @@ fn device(slot: u8, file: u16, size: u64, read_only: bool) -> Device {
         device_type: 27,
         slot,
         queues: 1,
+        queue_size: 256,
         config_size: 0,
         config: None,
         socket: None,

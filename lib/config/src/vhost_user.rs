@@ -14,6 +14,9 @@ use crate::vm::{Backend, Device, Invalid, Kind, Names, exposure, refuse_empty};
 /// PCI slot of the first one unless the configuration names another.
 const FIRST_SLOT: u16 = 28;
 
+/// Most descriptors of a virtqueue: what every back end in use can take. A front end cannot ask.
+const QUEUE_SIZE: u16 = 128;
+
 /// A device whose vhost-user back end already runs.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -30,6 +33,9 @@ pub struct VhostUser {
     /// Bytes of device-specific configuration, by default what is usual for the type.
     #[serde(rename = "config-size", skip_serializing_if = "Option::is_none")]
     pub config_size: Option<Within<0, 256>>,
+    /// Most descriptors of a virtqueue, a power of two, by default 128.
+    #[serde(rename = "queue-size", skip_serializing_if = "Option::is_none")]
+    pub queue_size: Option<Within<2, 256>>,
     /// What the back end sees of guest memory, by default `bounce`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Exposure>,
@@ -73,11 +79,20 @@ impl VhostUser {
                 Within::new(size).map_err(|_| missing("config-size"))?
             }
         };
+        let queue_size = self.queue_size.map_or(QUEUE_SIZE, Within::get);
+        if !queue_size.is_power_of_two() {
+            return Err(Invalid::QueueSize {
+                owner: id.to_string(),
+                found: queue_size,
+            });
+        }
         (self.queues, self.config_size) = (Some(queues), Some(config_size));
+        self.queue_size = Within::new(queue_size).ok();
         let device_type = kind;
         let kind = Kind::External {
             device_type,
             config_size: config_size.get(),
+            queue_size,
         };
         let backend = Backend::Socket(socket);
         let memory = exposure(&mut self.memory, &kind, &backend);

@@ -97,6 +97,14 @@ pub enum Invalid {
         /// What it is.
         kind: String,
     },
+    /// A virtqueue of a size that no driver could use.
+    #[error("`{owner}`: `queue-size`: found {found}, which is not a power of two")]
+    QueueSize {
+        /// The device.
+        owner: String,
+        /// What was found.
+        found: u16,
+    },
     /// A key that has no meaning beside another one.
     #[error("`{owner}`: `{key}` has no meaning {because}")]
     Meaningless {
@@ -244,6 +252,8 @@ pub enum Kind {
         device_type: DeviceType,
         /// Length of the device-specific configuration in bytes.
         config_size: u16,
+        /// Most descriptors of a virtqueue.
+        queue_size: u16,
     },
 }
 
@@ -321,6 +331,14 @@ impl Kind {
         match self {
             Self::Fs(share) => Some(share.config()),
             _ => None,
+        }
+    }
+
+    /// Most descriptors of a virtqueue.
+    pub fn queue_size(&self) -> u16 {
+        match self {
+            Self::External { queue_size, .. } => *queue_size,
+            _ => 256,
         }
     }
 }

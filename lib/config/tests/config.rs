@@ -494,20 +494,25 @@ fn contradictions_are_refused() {
 #[test]
 fn devices_of_any_type() {
     let vm = resolve(
-        "vhost-user = [\"i2c,socket=/a\", \"type=50,socket=/b,queues=5,config-size=9,id=x,slot=4\"]",
+        "vhost-user = [\"i2c,socket=/a\", \"type=50,socket=/b,queues=5,queue-size=64,\
+         config-size=9,id=x,slot=4\"]",
     )
     .unwrap();
     let devices: Vec<_> = vm.devices[1..]
         .iter()
         .map(|device| {
             let kind = &device.kind;
-            let numbers = (kind.device_type(), device.queues, kind.config_size());
+            let queues = (device.queues, kind.queue_size());
+            let numbers = (kind.device_type(), queues, kind.config_size());
             (device.id.as_str(), device.slot, numbers)
         })
         .collect();
     assert_eq!(
         devices,
-        [("vhost-user0", 28, (34, 1, 0)), ("x", 4, (50, 5, 9))]
+        [
+            ("vhost-user0", 28, (34, (1, 128), 0)),
+            ("x", 4, (50, (5, 64), 9))
+        ]
     );
     for (text, part) in [
         ("socket=/a", "`type` is missing"),
@@ -515,6 +520,7 @@ fn devices_of_any_type() {
         ("50,socket=/a,config-size=1", "`queues` is missing"),
         ("50,socket=/a,queues=1", "`config-size` is missing"),
         ("i2c,socket=", "empty path"),
+        ("i2c,socket=/a,queue-size=96", "96, which is not a power"),
         ("gpu,socket=/a", "needs `memory=shared`"),
         (
             "24,socket=/a,memory=bounce",

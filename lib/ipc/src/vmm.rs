@@ -74,6 +74,8 @@ pub struct Device {
     pub slot: u8,
     /// Number of virtqueues the machine offers at most; the back end may have fewer.
     pub queues: u16,
+    /// Most descriptors of a virtqueue, a power of two up to 256.
+    pub queue_size: u16,
     /// Length of the device-specific configuration in bytes, 0 to 256.
     pub config_size: u16,
     /// Connected vhost-user stream socket; absent for a `check`.

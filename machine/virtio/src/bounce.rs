@@ -45,6 +45,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::ram::GuestRam;
 use crate::session::Connected;
+use crate::transport::QUEUE_SIZE;
 use crate::work::Start;
 use memory::{BASE, Memory, PAGE, Region};
 use queue::{Queue, Rings};
@@ -52,8 +53,6 @@ use queue::{Queue, Rings};
 /// Features that a bounced device cannot have: with VIRTIO_F_IN_ORDER a back end returns several chains
 /// by one entry of the used ring.
 const NOT_OFFERED: u64 = 1 << 35;
-/// Most entries of a queue, as the registers offer them.
-const QUEUE_SIZE: u16 = 256;
 /// Least room for data that a queue can do with.
 const DATA_LEAST: u64 = 64 << 10;
 /// Milliseconds without an event after which memory of the region is given back.

@@ -26,7 +26,7 @@ pub use bounce::{Bounce, Error as BounceError};
 pub use front_end::{FrontEnd, Notice};
 pub use ram::GuestRam;
 pub use session::{Connected, Error, Limits};
-pub use transport::{Layout, Untouched, VirtioPci};
+pub use transport::{Layout, QUEUE_SIZE, Untouched, VirtioPci};
 pub use work::{Reconnect, Start, StartQueue, Work, WorkQueue};
 
 /// Feature bits of virtio 1.2, section 6.

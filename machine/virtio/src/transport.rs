@@ -15,6 +15,7 @@ use crate::feature;
 use crate::ram::GuestRam;
 use crate::session::Connected;
 use crate::work::{Start, StartQueue, WorkQueue};
+pub use common::QUEUE_SIZE;
 use common::{Common, Queue, status};
 use touched::Reached;
 pub use touched::Untouched;
@@ -58,6 +59,8 @@ pub struct Layout {
     pub first_route: u32,
     /// Number of virtqueues, at most 127.
     pub queues: u16,
+    /// Most descriptors of a queue, a power of two up to [`QUEUE_SIZE`].
+    pub queue_size: u16,
     /// Features the back end offers.
     pub features: u64,
     /// Device-specific configuration.
@@ -145,7 +148,7 @@ impl VirtioPci {
             work,
             registers: Mutex::new(Registers {
                 pci,
-                common: Common::new(offered, layout.queues, msix.count()),
+                common: Common::new(offered, layout.queues, layout.queue_size, msix.count()),
                 msix,
                 device: layout.config,
                 window_cap,

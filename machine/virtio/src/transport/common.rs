@@ -6,8 +6,8 @@ use crate::feature;
 pub(super) const LENGTH: usize = 56;
 /// No MSI-X vector (virtio 1.2, 4.1.5.1.2).
 pub(super) const NO_VECTOR: u16 = 0xFFFF;
-/// Most descriptors of a queue. Back ends may take fewer; the driver takes what it is offered.
-const QUEUE_SIZE: u16 = 256;
+/// Most descriptors of a queue of a device whose back end has no lower limit.
+pub const QUEUE_SIZE: u16 = 256;
 
 /// Device status bits (virtio 1.2, 2.1).
 pub(super) mod status {
@@ -35,14 +35,17 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    const RESET: Self = Self {
-        size: QUEUE_SIZE,
-        vector: NO_VECTOR,
-        enabled: false,
-        descriptors: 0,
-        available: 0,
-        used: 0,
-    };
+    /// A queue with at most `size` descriptors, as it is after a reset.
+    fn reset(size: u16) -> Self {
+        Self {
+            size,
+            vector: NO_VECTOR,
+            enabled: false,
+            descriptors: 0,
+            available: 0,
+            used: 0,
+        }
+    }
 }
 
 /// A write that concerns more than this structure.
@@ -59,6 +62,8 @@ pub(super) enum Field {
 pub(super) struct Common {
     offered: u64,
     vectors: u16,
+    /// Most descriptors of a queue.
+    queue_size: u16,
     /// What is offered, and how many queues there are, after the next reset.
     next: (u64, u16),
     pub accepted: u64,
@@ -81,10 +86,13 @@ fn half(word: u64, select: u32) -> u32 {
 }
 
 impl Common {
-    pub(super) fn new(offered: u64, queues: u16, vectors: u16) -> Self {
+    /// `queue_size` is the most descriptors of a queue, a power of two: the driver takes what it is
+    /// offered, and vhost-user has no way to learn what a back end can take.
+    pub(super) fn new(offered: u64, queues: u16, queue_size: u16, vectors: u16) -> Self {
         Self {
             offered,
             vectors,
+            queue_size,
             next: (offered, queues),
             accepted: 0,
             device_select: 0,
@@ -93,14 +101,14 @@ impl Common {
             status: 0,
             generation: 0,
             queue_select: 0,
-            queues: vec![Queue::RESET; queues.into()],
+            queues: vec![Queue::reset(queue_size); queues.into()],
         }
     }
 
     /// Back to the state after power-on, except that the configuration generation goes on.
     pub(super) fn reset(&mut self) {
         let (offered, queues) = self.next;
-        let fresh = Self::new(offered, queues, self.vectors);
+        let fresh = Self::new(offered, queues, self.queue_size, self.vectors);
         *self = Self {
             generation: self.generation,
             ..fresh
@@ -114,7 +122,8 @@ impl Common {
         if self.status & status::FEATURES_OK == 0 {
             self.offered = offered;
             if self.queues.iter().all(|q| !q.enabled) {
-                self.queues.resize(queues.into(), Queue::RESET);
+                self.queues
+                    .resize(queues.into(), Queue::reset(self.queue_size));
             }
             return Ok(());
         }
@@ -134,10 +143,7 @@ impl Common {
 
     /// The structure as the driver reads it. A queue that does not exist reads as size 0.
     pub(super) fn bytes(&self) -> [u8; LENGTH] {
-        let absent = Queue {
-            size: 0,
-            ..Queue::RESET
-        };
+        let absent = Queue::reset(0);
         let queue = self
             .queues
             .get(usize::from(self.queue_select))
@@ -237,7 +243,7 @@ impl Common {
                     return None;
                 }
                 match field {
-                    24 if (value as u16).is_power_of_two() && value <= QUEUE_SIZE.into() => {
+                    24 if (value as u16).is_power_of_two() && value <= self.queue_size.into() => {
                         queue.size = value as u16;
                     }
                     28 => queue.enabled = value == 1,

@@ -113,6 +113,7 @@ impl Driver {
             bar: BAR_AT,
             first_route: 40,
             queues: 2,
+            queue_size: 256,
             // Packed rings and vhost-user's own bit must not reach the guest.
             features: FEATURES | 1 << 34 | 1 << 30,
             config: vec![1, 2, 3, 4, 5, 6, 7, 8],
