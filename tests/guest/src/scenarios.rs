@@ -790,7 +790,10 @@ fn spied(place: &Place, memory: &str) -> Result<usize> {
     });
     let (looks, found) = counts.fold((0, 0), |(looks, most), n| (looks + 1, most.max(n)));
     println!("memory={memory}: the spy has looked {looks} times and found {found}");
-    if looks < 5 || !report.lines().any(|line| line.starts_with("served ")) {
+    let mut after = report
+        .lines()
+        .skip_while(|line| !line.starts_with("served "));
+    if !after.any(|line| line.starts_with("looked at")) {
         return Err(format!("the spy has done nothing: {report}"));
     }
     Ok(found)
