@@ -49,6 +49,7 @@ const APPLETS: &[&str] = &[
     "chmod",
     "chroot",
     "clear",
+    "cmp",
     "cp",
     "cut",
     "date",

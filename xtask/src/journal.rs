@@ -57,6 +57,10 @@ impl Journal {
                 self.finish(&name, Verdict::Failed(why));
             }
             Line::Log(text) => {
+                // Figures are for the reader of the whole.
+                if let Some(figures) = text.strip_prefix("figures: ") {
+                    sh::progress(format_args!("    {figures}"));
+                }
                 if let Some((_, log)) = &mut self.running {
                     writeln!(log, "{text}")?;
                 }

@@ -126,12 +126,17 @@ impl Session<'_> {
     pub(super) fn back_end_back(&mut self, index: usize, connection: u32) {
         let backend = &mut self.backends[index];
         if connection == backend.connection && backend.lost_at.is_some() {
-            let pause = backend.back(Instant::now());
-            warn_limited!(
-                "device `{}` serves again; the guest has waited {:.1} ms",
-                backend.id,
-                pause.as_secs_f64() * 1000.0
-            );
+            let pause = backend.back(Instant::now()).as_secs_f64() * 1000.0;
+            let id = &backend.id;
+            match &backend.service {
+                // The limit of restarts is one for these lines, too.
+                Running::Child(_) => {
+                    log::warn!("device `{id}` serves again; the guest has waited {pause:.1} ms");
+                }
+                Running::Elsewhere(_) => {
+                    warn_limited!("device `{id}` serves again; the guest has waited {pause:.1} ms");
+                }
+            }
             self.answer_waiting(Waits::Restart(index));
         }
     }

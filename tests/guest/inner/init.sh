@@ -249,6 +249,72 @@ step_vsock() {
     anemone-guest-vsock "$(option vsock)" || fail "vsock"
 }
 
+# Verified work for one device, until the host types a line. The device's process is killed over and
+# over meanwhile. Each load is a function that works until /stop is there and writes to /rounds how
+# often it has found everything right.
+step_load() {
+    device=$(option load)
+    "load_$device" &
+    worker=$!
+    say "load runs"
+    read -r _
+    : > /stop
+    wait $worker || fail "the load of $device has found an error"
+    say "load verified, $(cat /rounds) rounds"
+}
+
+# Random bytes go to one of four places; what lies at another one is read back from the disk.
+load_blk() {
+    rounds=0
+    while [ ! -e /stop ]; do
+        place=$((rounds % 4))
+        dd if=/dev/urandom of=/load bs=64k count=8 2> /dev/null
+        sha256sum < /load > /sum.$place
+        dd if=/load of=/dev/vda bs=64k seek=$((place * 8)) conv=fsync 2> /dev/null || return 1
+        echo 3 > /proc/sys/vm/drop_caches
+        other=$(((rounds + 1) % 4))
+        if [ -e /sum.$other ]; then
+            dd if=/dev/vda bs=64k skip=$((other * 8)) count=8 2> /dev/null | sha256sum > /found
+            cmp -s /found /sum.$other || { say "FAIL round $rounds: place $other differs"; return 1; }
+        fi
+        rounds=$((rounds + 1))
+        echo $rounds > /rounds
+    done
+}
+
+# Blocks that are whole and never the same.
+load_rng() {
+    rounds=0
+    last=none
+    while [ ! -e /stop ]; do
+        dd if=/dev/hwrng of=/block bs=64 count=16 iflag=fullblock 2> /dev/null || return 1
+        [ "$(wc -c < /block)" = 1024 ] || { say "FAIL a block is too short"; return 1; }
+        sum=$(sha256sum < /block)
+        [ "$sum" != "$last" ] || { say "FAIL the same bytes twice"; return 1; }
+        last=$sum
+        rounds=$((rounds + 1))
+        echo $rounds > /rounds
+    done
+}
+
+# Lines with numbers; the host looks whether each has come once and in its place.
+load_console() {
+    rounds=0
+    while [ ! -e /stop ]; do
+        rounds=$((rounds + 1))
+        say "line $rounds"
+        echo $rounds > /rounds
+        usleep 1000
+    done
+}
+
+# Waits until a line is typed.
+step_pause() {
+    say "waits for a line"
+    read -r line
+    say "was told $line"
+}
+
 # A shell, with the disk's files if there is a disk.
 step_shell() {
     if [ -b /dev/vda ] && mkdir -p /disk && mount -t ext4 /dev/vda /disk; then
@@ -285,7 +351,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | load | pause) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

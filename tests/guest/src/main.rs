@@ -9,6 +9,7 @@
 //! the pairs say what is where, see [`Place`]. `--spy SOCKET SECRET` is a back end that looks for a
 //! secret in the guest's memory.
 
+mod kills;
 mod net;
 mod probe;
 mod scenarios;

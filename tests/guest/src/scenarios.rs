@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anemone_guest_init::jail;
 use anemone_guest_init::place::Place;
 
-use crate::probe;
 use crate::vm::{self, Result, Vm};
+use crate::{kills, probe};
 
 /// A scenario: its name, what it shows, and the function that runs it.
 pub struct Scenario {
@@ -197,6 +197,20 @@ pub const ALL: &[Scenario] = &[
         "killed device processes are replaced and the guest goes on; with restart=never the VM ends",
         device_dies,
     ),
+    Scenario::new(
+        "kill-blk",
+        "the disk's process is killed over and over under verified load",
+        |place| kills::run(place, &kills::BLK),
+    )
+    .only("soft"),
+    Scenario::new("kill-console", "the same for the console", |place| {
+        kills::run(place, &kills::CONSOLE)
+    })
+    .only("soft"),
+    Scenario::new("kill-rng", "the same for the entropy source", |place| {
+        kills::run(place, &kills::RNG)
+    })
+    .only("soft"),
     Scenario::new(
         "supervisor-dies",
         "nothing outlives a killed supervisor",
@@ -716,18 +730,18 @@ fn device_dies(place: &Place) -> Result<()> {
     let disk = format!("path={image},id=held");
     let mut vm = Vm::start(
         place,
-        "shell,disk,rng,poweroff",
+        "pause,disk,rng,poweroff",
         &["--disk", &disk, "--rng"],
     )?;
-    vm.wait_for("guest: shell")?;
+    vm.wait_for("guest: waits for a line")?;
     for program in ["anemone-blk", "anemone-rng", "anemone-console"] {
         vm.kill(program)?;
     }
     // The guest's own console, disk and entropy source, from here on with other processes.
-    vm.type_text("echo sum-$((40 + 2))\nexit\n")?;
+    vm.type_text("go on\n")?;
     vm.expect_exit(0)?;
     vm.expect_said(&[
-        "sum-42",
+        "guest: was told go on",
         "guest: payload verified",
         "guest: disk written",
         "guest: random bytes",

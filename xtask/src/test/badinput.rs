@@ -104,6 +104,36 @@ const CASES: &[Case] = &[
         words: &["64"],
     },
     Case {
+        name: "restart limit without a time",
+        arguments: &["--kernel", "DIR/tiny.elf", "--restart", "limit=5"],
+        words: &["COUNT/SECONDS"],
+    },
+    Case {
+        name: "restart names a device that is not there",
+        arguments: &["--kernel", "DIR/tiny.elf", "--restart", "never=moon"],
+        words: &["moon"],
+    },
+    Case {
+        name: "unknown virtio device type",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--vhost-user",
+            "floppy,socket=DIR/absent",
+        ],
+        words: &["floppy"],
+    },
+    Case {
+        name: "external back end that is not there",
+        arguments: &[
+            "--kernel",
+            "DIR/tiny.elf",
+            "--vhost-user",
+            "i2c,socket=DIR/absent",
+        ],
+        words: &["absent"],
+    },
+    Case {
         name: "unknown option",
         arguments: &["--kernel", "DIR/tiny.elf", "--floppy", "a"],
         words: &["floppy"],
