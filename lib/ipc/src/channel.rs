@@ -147,6 +147,7 @@ impl Channel {
         header.msg_iovlen = 1;
         header.msg_control = control.as_mut_ptr();
         header.msg_controllen = ControlBuffer::space(MAX_FDS);
+        let mut reset = false;
         let length = loop {
             // SAFETY: the header points at `text` and `control`, both alive and of the lengths given.
             let n = unsafe {
@@ -162,6 +163,8 @@ impl Channel {
             let error = io::Error::last_os_error();
             match error.raw_os_error() {
                 Some(libc::EINTR) => {}
+                // A peer that ends with messages unread leaves this once, before its own last ones.
+                Some(libc::ECONNRESET) if !std::mem::replace(&mut reset, true) => {}
                 Some(libc::ECONNRESET) => return Err(Error::Closed),
                 _ => return Err(error.into()),
             }
@@ -286,6 +289,16 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::io::{Read, Seek, Write};
+
+    #[test]
+    fn last_words_of_a_peer_that_has_not_listened() {
+        let (a, b) = pair().unwrap();
+        a.send(&"unread", &[]).unwrap();
+        b.send(&"farewell", &[]).unwrap();
+        drop(b);
+        assert_eq!(a.recv::<String>().unwrap().message, "farewell");
+        assert!(matches!(a.recv::<String>(), Err(Error::Closed)));
+    }
 
     #[test]
     fn message_and_descriptor_arrive_together() {

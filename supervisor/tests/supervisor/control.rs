@@ -61,6 +61,9 @@ fn status_restart_and_power_button() {
     let outcome = lab.anemone_beside(&["restart-device", "web", "disk0"]);
     outcome.expect(0, &[]);
     assert!(outcome.stdout.contains("the guest has waited"));
+    lab.wait_for("the new process", || {
+        lab.log("disk0").matches("--control-fd").count() == 2
+    });
     let disk = lab.log("disk0");
     // The old one was asked to end, and the new one has all but the connection from its start.
     assert_eq!(disk.matches("closed\n").count(), 1, "{disk}");
