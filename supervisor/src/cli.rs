@@ -156,6 +156,10 @@ pub enum Command {
         /// Print the system calls that each process may make, with the reasons.
         #[arg(long, conflicts_with = "json")]
         policies: bool,
+        /// Print what each process of a running VM may touch: descriptors, guest memory, system
+        /// calls (with `--policies`, and the reasons), namespaces, limits.
+        #[arg(long, value_name = "NAME|PID")]
+        vm: Option<String>,
     },
 }
 

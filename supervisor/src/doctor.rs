@@ -8,7 +8,9 @@ use log::LevelFilter;
 use serde::Serialize;
 
 use crate::accel::{self, Environment};
+use crate::control;
 use crate::error::Error;
+use crate::inspect;
 use crate::programs::Programs;
 use crate::registry;
 use crate::sys;
@@ -55,6 +57,18 @@ pub fn print(json: bool, policies: bool, log_level: LevelFilter) -> Result<(), E
         serde_json::to_string_pretty(&report).map_err(|e| Error::Failed(e.to_string()))? + "\n"
     } else {
         report.text()
+    };
+    print!("{text}");
+    Ok(())
+}
+
+/// Prints what the processes of a running VM may touch.
+pub fn print_vm(vm: &str, json: bool, reasons: bool) -> Result<(), Error> {
+    let report = inspect::Report::of(&control::client::status(vm)?)?;
+    let text = if json {
+        serde_json::to_string_pretty(&report).map_err(|e| Error::Failed(e.to_string()))? + "\n"
+    } else {
+        report.text(reasons)
     };
     print!("{text}");
     Ok(())

@@ -17,6 +17,7 @@ mod devices;
 mod doctor;
 mod error;
 mod files;
+mod inspect;
 mod jail;
 mod net;
 mod programs;
@@ -70,6 +71,15 @@ fn dispatch(cli: Cli) -> Result<(), Error> {
             control::client::balloon(&vm, size.map(|size| size.0), json)
         }
         Command::PowerButton { vm } => control::client::power_button(&vm),
-        Command::Doctor { json, policies } => doctor::print(json, policies, log_level),
+        Command::Doctor {
+            json,
+            policies,
+            vm: Some(vm),
+        } => doctor::print_vm(&vm, json, policies),
+        Command::Doctor {
+            json,
+            policies,
+            vm: None,
+        } => doctor::print(json, policies, log_level),
     }
 }

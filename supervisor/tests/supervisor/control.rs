@@ -34,6 +34,36 @@ fn ask(stream: &UnixStream, request: &str) -> String {
     answer
 }
 
+/// What the kernel has of each process, here of fakes, which are in no jail.
+#[test]
+fn doctor_tells_what_the_processes_of_a_vm_may_touch() {
+    let lab = Lab::new();
+    let (mut child, _driver) = running(&lab);
+    let outcome = lab.anemone_beside(&["doctor", "--vm", "web"]);
+    outcome.expect(0, &[]);
+    for part in [
+        "VM web, accelerator none\n",
+        &format!("\nanemone, pid {}, user ", child.id()),
+        "\nanemone-vmm, pid ",
+        "\nanemone-rng[rng], pid ",
+        "\nanemone-blk[disk0], pid ",
+        &lab.path("a.img").display().to_string(),
+        "policy main        1 filter, no new privileges",
+    ] {
+        assert!(outcome.stdout.contains(part), "{part}: {outcome:?}");
+    }
+    let json = lab.anemone_beside(&["doctor", "--vm", "web", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    let processes = report["processes"].as_array().unwrap();
+    assert_eq!(processes.len(), 4, "{report}");
+    assert_eq!(processes[0]["threads"][0]["filters"], 1, "the supervisor");
+    assert_eq!(processes[0]["memory"]["guest_mapped"], 0, "the supervisor");
+    lab.anemone_beside(&["doctor", "--vm", "moon"])
+        .expect(2, &["moon"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 #[test]
 fn status_restart_and_power_button() {
     let lab = Lab::new();
