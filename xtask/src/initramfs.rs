@@ -25,6 +25,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_pmem",
     "nd_pmem",
     "virtio_net",
+    "virtiofs",
     "pvpanic_pci",
     "button",
     "evdev",

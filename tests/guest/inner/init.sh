@@ -282,6 +282,72 @@ load_blk() {
     done
 }
 
+mount_share() {
+    mkdir -p /share
+    mount -t virtiofs share /share || fail "cannot mount the share"
+}
+
+# What programs do with files, on a directory of the host.
+step_fs() {
+    mount_share
+    (cd /share && sha256sum -c payload.sha256 > /dev/null) || fail "payload differs"
+    mkdir -p /share/tree/deep || fail "cannot make directories"
+    cp /bin/busybox /share/tree/deep || fail "cannot copy"
+    sum=$(/share/tree/deep/busybox sha256sum < /share/payload) || fail "cannot run a program"
+    [ "${sum%% *}" = "$(cut -d ' ' -f 1 /share/payload.sha256)" ] || fail "a program in the share says $sum"
+    ln -s deep/busybox /share/tree/link && ln /share/payload /share/tree/hard || fail "cannot link"
+    [ "$(readlink /share/tree/link)" = deep/busybox ] || fail "wrong symbolic link"
+    mv /share/tree/deep /share/tree/moved || fail "cannot rename"
+    for number in $(seq 200); do echo $number > /share/tree/file.$number; done
+    [ $(ls /share/tree | wc -l) = 203 ] || fail "the directory has $(ls /share/tree | wc -l) entries"
+    rm /share/tree/file.1?? || fail "cannot remove"
+    exec 7> /share/gone && rm /share/gone && echo text >&7 || fail "cannot write an unlinked file"
+    exec 7>&-
+    chmod 640 /share/tree/file.7 || fail "cannot change a mode"
+    mkdir /copy && tar -C /share -c tree | tar -C /copy -x || fail "cannot archive"
+    (cd /copy && find tree -type f | sort | xargs sha256sum) > /sums
+    umount /share || fail "cannot unmount"
+    mount_share
+    (cd /share && sha256sum -c /sums > /dev/null) || fail "the copy differs"
+    cp /sums /share/sums && sync && umount /share || fail "cannot finish"
+    say "share written"
+}
+
+step_fsro() {
+    mount_share
+    (cd /share && sha256sum -c payload.sha256 > /dev/null) || fail "payload differs"
+    echo text 2> /dev/null > /share/new && fail "a file was made"
+    rm /share/payload 2> /dev/null && fail "a file was removed"
+    umount /share
+    say "share unchanged"
+}
+
+# Trees are made, moved, compared with what was put into them, and removed. Each file goes away once.
+load_fs() {
+    mount_share
+    rounds=0
+    while [ ! -e /stop ]; do
+        mkdir /share/work || return 1
+        dd if=/dev/urandom of=/load bs=16k count=4 2> /dev/null
+        for number in 1 2 3 4 5 6 7 8; do
+            cp /load /share/work/$number && echo $rounds >> /share/work/$number || return 1
+        done
+        echo $rounds >> /load
+        echo $rounds >> /share/appended || return 1
+        mv /share/work /share/done || return 1
+        echo 3 > /proc/sys/vm/drop_caches
+        for number in 1 2 3 4 5 6 7 8; do
+            cmp /load /share/done/$number || { say "FAIL round $rounds: file $number differs"; return 1; }
+            rm /share/done/$number || return 1
+        done
+        rmdir /share/done || return 1
+        rounds=$((rounds + 1))
+        echo $rounds > /rounds
+    done
+    seq 0 $((rounds - 1)) | cmp - /share/appended || { say "FAIL the appended lines differ"; return 1; }
+    umount /share
+}
+
 # Blocks that are whole and never the same.
 load_rng() {
     rounds=0
@@ -351,7 +417,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | load | pause) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | fs | fsro | load | pause) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

@@ -44,6 +44,22 @@ pub const BLK: Load = Load {
     check: |_| Ok(()),
 };
 
+/// Makes, moves, reads and removes files.
+pub const FS: Load = Load {
+    name: "fs",
+    program: "anemone-fs",
+    device: "share",
+    options: |place| {
+        let folder = place.scratch("load-share");
+        std::fs::create_dir(&folder).map_err(|e| format!("{folder}: {e}"))?;
+        Ok(vec![
+            "--fs".into(),
+            format!("tag=share,path={folder},id=share"),
+        ])
+    },
+    check: |_| Ok(()),
+};
+
 /// Reads random bytes.
 pub const RNG: Load = Load {
     name: "rng",

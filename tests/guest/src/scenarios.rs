@@ -1,6 +1,7 @@
 //! What is tried: each scenario is one VM, or none. They run in the outer guest of the nested rig
 //! and, with the software CPU, right on the host.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -142,6 +143,18 @@ pub const ALL: &[Scenario] = &[
     )
     .only("soft"),
     Scenario::new(
+        "fs",
+        "a directory of the host: programs run in it, a tree is made, renamed, archived and read back",
+        shared_directory,
+    )
+    .only("soft"),
+    Scenario::new(
+        "fs-readonly",
+        "a directory of the host that the guest cannot change",
+        shared_directory_readonly,
+    )
+    .only("soft"),
+    Scenario::new(
         "pmem",
         "an ext4 file system in persistent memory, with DAX; code that runs in place",
         persistent_memory,
@@ -205,6 +218,10 @@ pub const ALL: &[Scenario] = &[
     .only("soft"),
     Scenario::new("kill-console", "the same for the console", |place| {
         kills::run(place, &kills::CONSOLE)
+    })
+    .only("soft"),
+    Scenario::new("kill-fs", "the same for a directory of the host", |place| {
+        kills::run(place, &kills::FS)
     })
     .only("soft"),
     Scenario::new("kill-rng", "the same for the entropy source", |place| {
@@ -601,6 +618,80 @@ fn free_page_reporting(place: &Place) -> Result<()> {
     vm.type_text("\n")?;
     vm.expect_exit(0)?;
     vm.expect_said(&["guest: done"])
+}
+
+/// A directory with a payload and its checksum.
+fn make_share(place: &Place) -> Result<String> {
+    let folder = place.scratch("share");
+    std::fs::create_dir(&folder).map_err(|e| format!("{folder}: {e}"))?;
+    vm::make_disk(place, &format!("{folder}/payload"), 4096, 0x7368_6172)?;
+    checksums(&folder, "sha256sum payload > payload.sha256")?;
+    Ok(folder)
+}
+
+/// Runs sha256sum in a folder.
+fn checksums(folder: &str, command: &str) -> Result<()> {
+    let output = Command::new("sh")
+        .args(["-c", command])
+        .current_dir(folder)
+        .output()
+        .map_err(|e| format!("sha256sum: {e}"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!(
+            "{command}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )),
+    }
+}
+
+fn shared_directory(place: &Place) -> Result<()> {
+    let folder = make_share(place)?;
+    let share = format!("tag=share,path={folder}");
+    let mut vm = Vm::start(place, "fs,poweroff", &["--fs", &share, "--cpus", "2"])?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: share written", "guest: done"])?;
+    checksums(
+        &folder,
+        "sha256sum --strict -c sums payload.sha256 > /dev/null",
+    )?;
+    let tree = Path::new(&folder).join("tree");
+    let mut names = std::fs::read_dir(&tree)
+        .and_then(|entries| {
+            entries
+                .map(|e| Ok(e?.file_name()))
+                .collect::<std::io::Result<Vec<_>>>()
+        })
+        .map_err(|e| format!("{}: {e}", tree.display()))?;
+    names.sort();
+    // 200 files but the hundred from 100 to 199, and three others.
+    if names.len() != 103 || !names.iter().any(|name| name == "file.200") {
+        return Err(format!("the guest has left {names:?}"));
+    }
+    let link = std::fs::read_link(tree.join("link")).map_err(|e| e.to_string())?;
+    let metadata = |name: &str| std::fs::metadata(tree.join(name)).map_err(|e| e.to_string());
+    let (hard, file) = (metadata("hard")?, metadata("file.7")?);
+    if link != Path::new("deep/busybox") || hard.nlink() != 2 || file.mode() & 0o777 != 0o640 {
+        return Err(format!(
+            "{link:?}, {} links, mode {:o}",
+            hard.nlink(),
+            file.mode()
+        ));
+    }
+    Ok(())
+}
+
+fn shared_directory_readonly(place: &Place) -> Result<()> {
+    let folder = make_share(place)?;
+    let share = format!("tag=share,path={folder},readonly");
+    let mut vm = Vm::start(place, "fsro,poweroff", &["--fs", &share])?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: share unchanged", "guest: done"])?;
+    checksums(
+        &folder,
+        "sha256sum --strict -c payload.sha256 > /dev/null && test ! -e new",
+    )
 }
 
 fn persistent_memory(place: &Place) -> Result<()> {
