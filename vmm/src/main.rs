@@ -102,8 +102,9 @@ fn cpu_models(jail: &jail::Settings) -> Result<String, Error> {
 /// Builds and runs the one machine this process is for.
 fn serve(jail: &jail::Settings, soft_cpus: u32) -> Result<(), Error> {
     // The threads of software CPUs allocate more than now and then.
-    if soft_cpus == 0 {
-        anemone_process::one_heap();
+    match soft_cpus {
+        0 => anemone_process::one_heap(),
+        _ => anemone_process::several_heaps(),
     }
     let prepared = Prepared::new(soft_cpus)?;
     let channel = Channel::new(inherited_fd(CONTROL_FD)?);

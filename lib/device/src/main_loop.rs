@@ -42,6 +42,7 @@ pub fn run<P: Program>() -> ExitCode {
         None => name.to_owned(),
     };
     anemone_log::init(&role, common.log_level);
+    anemone_process::several_heaps();
     match serve(program, common) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Open(error)) => {

@@ -128,7 +128,10 @@ const GUEST_MEMORY: &str = "/memfd:guest-memory";
 
 /// Whether a program has guest memory by default.
 fn sees_guest(program: &str) -> bool {
-    !matches!(program, "anemone-console" | "anemone-rng")
+    !matches!(
+        program,
+        "anemone-balloon" | "anemone-console" | "anemone-rng"
+    )
 }
 
 /// Mappings that are executable and either writable too or not from the program's file. The VMM may
@@ -181,13 +184,17 @@ fn may_hold(program: &str, number: &str, target: &str, files: &[&str]) -> bool {
         ],
         "anemone-blk" => &["/memfd:", "anon_inode:[io_uring]"],
         "anemone-console" => &["/memfd:", "/dev/pts/", "/dev/ptmx", "/dev/tty"],
-        "anemone-rng" => &["/memfd:"],
+        "anemone-balloon" | "anemone-fs" | "anemone-pmem" | "anemone-rng" | "anemone-vsock" => {
+            &["/memfd:"]
+        }
         "anemone" => &[
             "anon_inode:[pidfd]",
             "/dev/tty",
             "/dev/pts/",
             "/dev/kvm",
             "/memfd:",
+            // The identities of a shared directory, for a process that takes over.
+            "user:[",
         ],
         _ => &[],
     };

@@ -61,8 +61,10 @@ const PROGRAMS: &[&str] = &[
     "anemone-balloon",
     "anemone-blk",
     "anemone-console",
+    "anemone-fs",
     "anemone-pmem",
     "anemone-rng",
+    "anemone-vsock",
 ];
 
 pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
@@ -125,6 +127,9 @@ struct Setup<'a> {
     accel: &'static str,
     kernel: PathBuf,
     disk: PathBuf,
+    memory: PathBuf,
+    share: PathBuf,
+    socket: PathBuf,
     log: PathBuf,
     errors: PathBuf,
 }
@@ -134,11 +139,18 @@ impl<'a> Setup<'a> {
         let folder = sh::fresh_dir("jail")?;
         let disk = folder.join("disk.img");
         fs::File::create(&disk)?.set_len(1 << 20)?;
+        let memory = folder.join("memory.img");
+        fs::File::create(&memory)?.set_len(2 << 20)?;
+        let share = folder.join("share");
+        fs::create_dir(&share)?;
         Ok(Self {
             product,
             accel,
             kernel: tiny::kernel()?,
             disk,
+            memory,
+            share,
+            socket: folder.join("vsock"),
             log: folder.join("console.log"),
             errors: folder.join("errors.log"),
         })
@@ -147,13 +159,21 @@ impl<'a> Setup<'a> {
     fn start(&self) -> Result<Running> {
         let mut command = self.product.command("anemone");
         command
-            .args(["run", "--accel", self.accel, "--memory", "64M", "--rng"])
+            .args(["run", "--accel", self.accel, "--memory", "64M"])
+            // The end of a process is to be seen.
+            .args(["--restart", "never", "--rng", "--balloon"])
             .arg("--kernel")
             .arg(&self.kernel)
             .arg("--console")
             .arg(format!("file={}", self.log.display()))
             .arg("--disk")
             .arg(format!("path={}", self.disk.display()))
+            .arg("--pmem")
+            .arg(format!("path={}", self.memory.display()))
+            .arg("--fs")
+            .arg(format!("tag=share,path={}", self.share.display()))
+            .arg("--vsock")
+            .arg(format!("socket={}", self.socket.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(fs::File::create(&self.errors)?);
@@ -191,18 +211,26 @@ impl<'a> Setup<'a> {
 
     fn looks_jailed(&self) -> Result<()> {
         let running = self.start()?;
-        let disk = self.disk.to_string_lossy();
-        let log = self.log.to_string_lossy();
-        let kernel = self.kernel.to_string_lossy();
+        let [disk, memory, share, log, kernel] = [
+            &self.disk,
+            &self.memory,
+            &self.share,
+            &self.log,
+            &self.kernel,
+        ]
+        .map(|path| path.to_string_lossy());
         let problems: Vec<_> = running
             .processes
             .iter()
             .flat_map(|process| {
                 let files: &[&str] = match process.program.as_str() {
                     "anemone-blk" => &[&disk],
+                    "anemone-fs" => &[&share],
+                    // The VMM maps what the other writes back.
+                    "anemone-pmem" | VMM => &[&memory],
                     "anemone-console" => &[&log],
                     // It starts the VM again after a reboot.
-                    "anemone" => &[&disk, &log, &kernel],
+                    "anemone" => &[&disk, &memory, &share, &log, &kernel],
                     _ => &[],
                 };
                 jail::problems(process, files)
