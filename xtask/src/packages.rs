@@ -182,7 +182,8 @@ impl Packages {
     }
 
     /// DPDK's testpmd, which is fetched when it is first asked for, with its virtual devices and without
-    /// huge pages. It refuses to load devices from a folder that others can write to.
+    /// huge pages. It looks for devices by name only: it would refuse a path with a folder that others
+    /// can write to.
     pub fn testpmd(&self) -> Result<Command> {
         let root = self.base.join(DPDK);
         {
@@ -199,16 +200,19 @@ impl Packages {
                 fs::write(&stamp, "")?;
             }
         }
-        let folders = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|f| root.join(f));
-        let [low, high] = &folders;
-        let mut command = Command::new(low.join("ld-linux-x86-64.so.2"));
+        let folders = [
+            "lib/x86_64-linux-gnu",
+            "usr/lib/x86_64-linux-gnu",
+            "usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0",
+        ]
+        .map(|folder| root.join(folder));
+        let mut command = Command::new(folders[0].join("ld-linux-x86-64.so.2"));
         command
             .arg("--library-path")
-            .arg(format!("{}:{}", low.display(), high.display()))
+            .arg(std::env::join_paths(&folders)?)
             .arg(root.join("usr/bin/dpdk-testpmd"));
         for driver in ["bus_vdev", "mempool_ring", "net_virtio", "net_vhost"] {
-            let file = format!("dpdk/pmds-23.0/librte_{driver}.so.23");
-            command.arg("-d").arg(high.join(file));
+            command.args(["-d", &format!("librte_{driver}.so.23")]);
         }
         let prefix = format!("--file-prefix=anemone-{}", std::process::id());
         command
