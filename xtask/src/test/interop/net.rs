@@ -135,6 +135,8 @@ fn echo(mut peer: UnixStream) -> Result<()> {
         bytes
     };
     peer.set_read_timeout(Some(Duration::from_millis(200)))?;
+    // Without a front end nobody takes the frames.
+    peer.set_write_timeout(Some(PATIENCE))?;
     let end = std::time::Instant::now() + PATIENCE;
     let mut prefix = [0; 4];
     loop {
