@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anemone_guest_init::place::{Guest, Place};
+use anemone_guest_init::protocol::TIME_RAN_OUT;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build::{self, Binaries};
@@ -26,7 +27,7 @@ use super::{Context, Missing};
 /// Scenarios that run side by side.
 const AT_ONCE: usize = 2;
 /// Longest that a scenario waits for anything.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(150);
 /// Longest that a whole scenario takes; some wait for several things.
 const SCENARIO: Duration = Duration::from_secs(20 * 60);
 
@@ -59,7 +60,14 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
                     .unwrap_or_else(PoisonError::into_inner)
                     .pop_front();
                 let Some(name) = next else { return outcomes };
-                outcomes.push(setup.run(&runner, &name));
+                let mut outcome = setup.run(&runner, &name);
+                if matches!(&outcome.verdict, Verdict::Failed(why) if why.starts_with(TIME_RAN_OUT))
+                {
+                    // A known defect, rare and not yet found: docs/testing.md.
+                    sh::progress(format_args!("  {name} ran out of time: once more"));
+                    outcome = setup.run(&runner, &name);
+                }
+                outcomes.push(outcome);
             }
         };
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();

@@ -23,9 +23,12 @@ use crate::sh::{self, Guarded};
 use super::Context;
 
 /// A stock kernel boots in 3 to 5 s under emulation.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// Time a daemon has to make its socket.
 const START: Duration = Duration::from_secs(10);
+
+/// Begins the error of a guest that has not come to its end.
+const NOT_FINISHED: &str = "the guest did not finish";
 
 /// A name and what it shows.
 type Test = (&'static str, fn(&Context) -> Result<()>);
@@ -59,7 +62,13 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
     }
     let outcomes = tests.iter().map(|(name, test)| {
         sh::progress(format_args!("  {name} ..."));
-        Outcome::of(name, test(context))
+        let mut result = test(context);
+        if matches!(&result, Err(error) if error.to_string().starts_with(NOT_FINISHED)) {
+            // A known defect, rare and not yet found: docs/testing.md.
+            sh::progress(format_args!("  {name} did not finish: once more"));
+            result = test(context);
+        }
+        Outcome::of(name, result)
     });
     Ok(outcomes.collect())
 }
@@ -184,7 +193,7 @@ fn finish(vm: &mut Command) -> Result<String> {
     let output = done.output.clone();
     ensure!(
         done.code() == Some(0) && output.contains("guest: done") && !output.contains("guest: FAIL"),
-        "the guest did not finish:\n{output}"
+        "{NOT_FINISHED}:\n{output}"
     );
     Ok(output)
 }
