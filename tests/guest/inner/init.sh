@@ -254,6 +254,8 @@ step_vsock() {
 # often it has found everything right.
 step_load() {
     device=$(option load)
+    # What is typed would appear in the middle of a line.
+    stty -echo
     "load_$device" &
     worker=$!
     say "load runs"

@@ -9,7 +9,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anemone_guest_init::place::{Guest, Place};
-use anemone_guest_init::protocol::TIME_RAN_OUT;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build::{self, Binaries};
@@ -60,14 +59,7 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
                     .unwrap_or_else(PoisonError::into_inner)
                     .pop_front();
                 let Some(name) = next else { return outcomes };
-                let mut outcome = setup.run(&runner, &name);
-                if matches!(&outcome.verdict, Verdict::Failed(why) if why.starts_with(TIME_RAN_OUT))
-                {
-                    // A known defect, rare and not yet found: docs/testing.md.
-                    sh::progress(format_args!("  {name} ran out of time: once more"));
-                    outcome = setup.run(&runner, &name);
-                }
-                outcomes.push(outcome);
+                outcomes.push(setup.run(&runner, &name));
             }
         };
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();

@@ -217,7 +217,7 @@ impl Outside<'_> {
 
     fn read(&mut self, at: u64, data: &mut [u8]) {
         if let Some(offset) = self.apic_offset(at, data.len()) {
-            let now = self.cpu.shared.clock.now_with(self.cpu.msrs.tsc_offset);
+            let now = self.cpu.apic_now();
             self.cpu.apic.mmio_read(offset, data, now);
             return;
         }
@@ -231,8 +231,7 @@ impl Outside<'_> {
 
     fn write(&mut self, at: u64, data: &[u8]) {
         if let Some(offset) = self.apic_offset(at, data.len()) {
-            let now = self.cpu.shared.clock.now_with(self.cpu.msrs.tsc_offset);
-            self.cpu.settle_pv_eoi();
+            let now = self.cpu.apic_now();
             self.cpu.apic.mmio_write(offset, data, now);
             self.cpu.apic_written();
             return;

@@ -114,8 +114,7 @@ impl Cpu {
         self.signals.take(ATTENTION_APIC);
         let look = self.clock_left == 0 || self.activity != Activity::Running;
         if self.apic.attention() || look && self.timer_is_due() {
-            let now = self.shared.clock.now_with(self.msrs.tsc_offset);
-            self.settle_pv_eoi();
+            let now = self.apic_now();
             self.poll_apic(now);
         }
         if self.activity == Activity::WaitForStartup || self.shadow {

@@ -27,9 +27,6 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// Time a daemon has to make its socket.
 const START: Duration = Duration::from_secs(10);
 
-/// Begins the error of a guest that has not come to its end.
-const NOT_FINISHED: &str = "the guest did not finish";
-
 /// A name and what it shows.
 type Test = (&'static str, fn(&Context) -> Result<()>);
 
@@ -62,13 +59,7 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
     }
     let outcomes = tests.iter().map(|(name, test)| {
         sh::progress(format_args!("  {name} ..."));
-        let mut result = test(context);
-        if matches!(&result, Err(error) if error.to_string().starts_with(NOT_FINISHED)) {
-            // A known defect, rare and not yet found: docs/testing.md.
-            sh::progress(format_args!("  {name} did not finish: once more"));
-            result = test(context);
-        }
-        Outcome::of(name, result)
+        Outcome::of(name, test(context))
     });
     Ok(outcomes.collect())
 }
@@ -193,7 +184,11 @@ fn finish(vm: &mut Command) -> Result<String> {
     let output = done.output.clone();
     ensure!(
         done.code() == Some(0) && output.contains("guest: done") && !output.contains("guest: FAIL"),
-        "{NOT_FINISHED}:\n{output}"
+        "the guest did not finish ({}):\n{output}",
+        match done.code() {
+            Some(code) => format!("exit code {code}"),
+            None => format!("no end in {PATIENCE:?}"),
+        }
     );
     Ok(output)
 }

@@ -1,6 +1,6 @@
 //! Between the CPU and its local APIC.
 
-use anemone_soft_apic::Deadline;
+use anemone_soft_apic::{Deadline, Now};
 
 use crate::cpu::Cpu;
 use crate::signals::ATTENTION_APIC;
@@ -32,6 +32,13 @@ impl Cpu {
             self.signals.raise(ATTENTION_APIC);
             self.leave_block = true;
         }
+    }
+
+    /// The time, for an access to the APIC. Ends the interrupt that the guest has ended in memory before: the
+    /// timer may expire by this very access, and its interrupt would be held back by one that is over.
+    pub(crate) fn apic_now(&mut self) -> Now {
+        self.settle_pv_eoi();
+        self.shared.clock.now_with(self.msrs.tsc_offset)
     }
 
     /// Ends the interrupt in service if the guest said so in memory. Before every look at the APIC.

@@ -258,19 +258,17 @@ fn is_pat_type(value: u8) -> bool {
 impl Cpu {
     /// RDMSR; `None` raises #GP.
     pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
-        let clock_offset = self.msrs.tsc_offset;
         let m = &self.msrs;
         Some(match index {
-            TSC => self.shared.clock.tsc(clock_offset),
+            TSC => self.shared.clock.tsc(m.tsc_offset),
             TSC_ADJUST if self.cpuid.offers(feature::TSC_ADJUST) => m.tsc_adjust,
             APIC_BASE => self.apic.base(),
             TSC_DEADLINE => {
-                let now = self.shared.clock.now_with(clock_offset);
+                let now = self.apic_now();
                 self.apic.tsc_deadline(now).ok()?
             }
             X2APIC..=X2APIC_END => {
-                self.settle_pv_eoi();
-                let now = self.shared.clock.now_with(clock_offset);
+                let now = self.apic_now();
                 self.apic.read_msr(index, now).ok()?
             }
             EFER => self.efer,
@@ -343,13 +341,12 @@ impl Cpu {
                 self.apic_written();
             }
             TSC_DEADLINE => {
-                let now = self.shared.clock.now_with(self.msrs.tsc_offset);
+                let now = self.apic_now();
                 self.apic.set_tsc_deadline(value, now).ok()?;
                 self.apic_written();
             }
             X2APIC..=X2APIC_END => {
-                self.settle_pv_eoi();
-                let now = self.shared.clock.now_with(self.msrs.tsc_offset);
+                let now = self.apic_now();
                 self.apic.write_msr(index, value, now).ok()?;
                 self.apic_written();
             }

@@ -466,6 +466,36 @@ fn an_interrupt_ends_by_a_flag_in_memory() {
     assert_eq!(guest.get::<1>(0x6000), [0]);
 }
 
+/// A guest whose host is busy sets its timer to a time that has passed meanwhile.
+#[test]
+fn a_timer_that_is_due_at_once_interrupts_after_an_end_by_a_flag_in_memory() {
+    let ways: [fn(&mut Guest); 2] = [
+        |guest| assert!(write_msr(guest, 0x6E0, 1).is_ok()),
+        |guest| {
+            let soon = guest.cpu.shared.clock.tsc(0) + 1_000_000;
+            assert!(write_msr(guest, 0x6E0, soon).is_ok());
+            interrupt(guest, 0x41);
+            assert_eq!(guest.cpu.apic.acknowledge(), Some(0x41));
+            guest.cpu.offer_pv_eoi();
+            guest.put(0x6000, &[0]);
+            while read_msr(guest, 0x6E0) != Ok(0) {}
+        },
+    ];
+    for set_timer in ways {
+        let mut guest = Guest::new();
+        enable_apic(&mut guest);
+        write_msr(&mut guest, 0x832, 0x4_0041).unwrap();
+        write_msr(&mut guest, 0x4B56_4D04, 0x6001).unwrap();
+        interrupt(&mut guest, 0x41);
+        assert_eq!(guest.cpu.apic.acknowledge(), Some(0x41));
+        guest.cpu.offer_pv_eoi();
+        guest.put(0x6000, &[0]);
+        set_timer(&mut guest);
+        assert_eq!(guest.cpu.apic.next_deadline(), None);
+        assert!(guest.cpu.apic.pending());
+    }
+}
+
 #[test]
 fn what_a_cpu_sends_itself_ends_the_block() {
     let mut guest = Guest::new();
