@@ -28,7 +28,8 @@ pub struct MemoryRegion<'a> {
 }
 
 /// The front end of one connection. Every call is one request; it returns when the back end has
-/// answered or, without REPLY_ACK, when a request without an answer has been sent.
+/// answered or, without REPLY_ACK, when a request without an answer has been sent; but see
+/// [`set_vring_enable`](Frontend::set_vring_enable).
 #[derive(Debug)]
 pub struct Frontend {
     connection: Connection,
@@ -206,9 +207,16 @@ impl Frontend {
         self.set_vring_fd(Request::SetVringErr, index, fd)
     }
 
-    /// Lets the back end process a ring or keeps it from doing so.
+    /// Lets the back end process a ring or keeps it from doing so. Returns when it has done so, also without
+    /// REPLY_ACK: back ends drop a kick that comes while a ring is not enabled, so that one which
+    /// overtakes this request would be lost.
     pub fn set_vring_enable(&mut self, index: u16, enable: bool) -> Result<()> {
-        self.set_vring_state(Request::SetVringEnable, index, enable.into())
+        self.set_vring_state(Request::SetVringEnable, index, enable.into())?;
+        if self.acknowledged() {
+            return Ok(());
+        }
+        // Requests are carried out in order, so the answer to a later one tells as much.
+        self.features().map(drop)
     }
 
     /// Gives the back end a socket for its own requests; the other end belongs to a
@@ -309,9 +317,14 @@ impl Frontend {
         value.or_else(|error| self.give_up(error))
     }
 
+    /// Whether requests without an answer are acknowledged.
+    fn acknowledged(&self) -> bool {
+        self.protocol_features & protocol_features::REPLY_ACK != 0
+    }
+
     /// A request that has no answer but the acknowledgement.
     fn set(&mut self, request: Request, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let acked = self.protocol_features & protocol_features::REPLY_ACK != 0;
+        let acked = self.acknowledged();
         let flags = if acked { FLAG_NEED_REPLY } else { 0 };
         let deadline = Instant::now() + self.timeout;
         self.connection

@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -655,4 +657,25 @@ fn acknowledgement_is_used_only_when_negotiated() {
         .unwrap();
     front.set_owner().unwrap();
     assert!(!peer.join().unwrap());
+}
+
+#[test]
+fn a_ring_is_enabled_when_the_call_returns_also_without_acknowledgement() {
+    let enabled = Arc::new(AtomicBool::new(false));
+    let told = enabled.clone();
+    let (socket, peer) = with_peer(move |socket| {
+        let mut backend = Backend::new(socket, LONG);
+        let incoming = next(&mut backend);
+        assert!(!incoming.need_reply);
+        assert!(matches!(incoming.command, Command::SetVringEnable { .. }));
+        thread::sleep(Duration::from_millis(50));
+        told.store(true, Ordering::SeqCst);
+        next(&mut backend);
+        backend.reply_u64(Request::GetFeatures.code(), 0).unwrap();
+    });
+    Frontend::new(socket, LONG)
+        .set_vring_enable(0, true)
+        .unwrap();
+    assert!(enabled.load(Ordering::SeqCst));
+    peer.join().unwrap();
 }
