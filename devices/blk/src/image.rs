@@ -1,11 +1,12 @@
 //! The file or block device behind the disk: opening, locking, size and geometry.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
+use anemone_device::{FileError, open_again, open_locked};
 use thiserror::Error;
 
 /// Bytes of a virtio sector, whatever the block size of the disk is (virtio 1.2, 5.2.6).
@@ -14,29 +15,9 @@ pub const SECTOR_SIZE: u64 = 512;
 /// Why an image cannot be served.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// `open` failed.
-    #[error("cannot open the image {} for {access}: {source}{hint}", path.display())]
-    Open {
-        /// The image.
-        path: PathBuf,
-        /// What it was opened for.
-        access: &'static str,
-        /// Why not.
-        source: io::Error,
-        /// What the user may do about it, or nothing.
-        hint: &'static str,
-    },
-    /// Another process holds a conflicting lock.
-    #[error("the image {} is in use by another process", .0.display())]
-    InUse(PathBuf),
-    /// The file system cannot lock.
-    #[error("cannot lock the image {}: {source}", path.display())]
-    Lock {
-        /// The image.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    /// It cannot be opened, or somebody else uses it.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A descriptor was handed over that does not allow writing.
     #[error("the image was opened read-only, but the disk is writable: add --readonly")]
     ReadOnlyDescriptor,
@@ -93,29 +74,7 @@ pub struct Image {
 impl Image {
     /// Opens `path` and locks it against other users: exclusively when writable, shared when not.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        // Without O_NONBLOCK, opening a FIFO by mistake would wait for its other end.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(|source| Error::Open {
-                path: path.to_owned(),
-                access: if read_only {
-                    "reading"
-                } else {
-                    "reading and writing"
-                },
-                hint: match source.raw_os_error() {
-                    Some(libc::EACCES | libc::EROFS | libc::EPERM) if !read_only => {
-                        " (--readonly serves it for reading only)"
-                    }
-                    _ => "",
-                },
-                source,
-            })?;
-        lock(&file, path, read_only)?;
-        Self::from_file(file, read_only)
+        Self::from_file(open_locked(path, read_only)?, read_only)
     }
 
     /// Takes over an image that the caller has opened and locked.
@@ -146,8 +105,12 @@ impl Image {
             return Err(Error::Size(size));
         }
         let in_memory = !block_device && lives_in_memory(&file)?;
+        // A ring takes O_NONBLOCK on a file in memory as leave to access it at once instead of in a
+        // helper thread.
+        let flags = if in_memory { libc::O_NONBLOCK } else { 0 };
+        let again = open_again(&file, read_only, flags | libc::O_NOCTTY);
         Ok(Self {
-            file: open_again(&file, read_only, in_memory)?,
+            file: again.map_err(|e| query("descriptor", e))?,
             _lock: file,
             sectors: size / SECTOR_SIZE,
             read_only,
@@ -187,46 +150,6 @@ impl AsRawFd for Image {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
-}
-
-/// Locks the whole file for as long as it is open.
-fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), Error> {
-    // SAFETY: all-zero is a valid flock: from offset 0 to the end, wherever that is, and an open
-    // file description lock wants its process id 0.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = if read_only {
-        libc::F_RDLCK
-    } else {
-        libc::F_WRLCK
-    } as libc::c_short;
-    // SAFETY: F_OFD_SETLK reads the flock, which lives for the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-        return Ok(());
-    }
-    let source = io::Error::last_os_error();
-    Err(match source.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Error::InUse(path.to_owned()),
-        _ => Error::Lock {
-            path: path.to_owned(),
-            source,
-        },
-    })
-}
-
-/// Opens the same file once more. Where that is not possible (no /proc, or a file that only the
-/// parent may open), both share one open file.
-fn open_again(file: &File, read_only: bool, in_memory: bool) -> Result<File, Error> {
-    // A ring takes O_NONBLOCK on a file in memory as leave to access it at once instead of in a
-    // helper thread.
-    let flags = if in_memory { libc::O_NONBLOCK } else { 0 };
-    let again = OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(flags | libc::O_NOCTTY)
-        .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    again
-        .or_else(|_| file.try_clone())
-        .map_err(|e| query("descriptor", e))
 }
 
 fn query(what: &'static str, source: io::Error) -> Error {

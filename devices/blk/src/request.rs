@@ -10,10 +10,11 @@
 use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anemone_device::{Side, Unusable, walk};
 use libc::iovec;
 use thiserror::Error;
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use crate::engine::Op;
 use crate::image::{Image, SECTOR_SIZE};
@@ -100,6 +101,17 @@ pub enum Malformed {
         /// Writable bytes.
         writable: u64,
     },
+}
+
+impl From<Unusable> for Malformed {
+    fn from(chain: Unusable) -> Self {
+        match chain {
+            Unusable::Endless => Self::Endless,
+            Unusable::Outside { address, len } => Self::Outside { address, len },
+            Unusable::TooMany(_) => Self::TooManyParts,
+            Unusable::Order => Self::Order,
+        }
+    }
 }
 
 /// Status byte of a request.
@@ -270,35 +282,13 @@ impl Request {
     ) -> Result<usize, Malformed> {
         self.parts.clear();
         let mut first_writable = None;
-        let mut ended = false;
-        for (count, descriptor) in chain.enumerate() {
-            if count == MAX_PARTS {
-                return Err(Malformed::TooManyParts);
+        let parts = &mut self.parts;
+        walk(memory, chain, MAX_PARTS, |side, part| {
+            if side == Side::Writable {
+                first_writable.get_or_insert(parts.len());
             }
-            if descriptor.is_write_only() {
-                first_writable.get_or_insert(self.parts.len());
-            } else if first_writable.is_some() {
-                return Err(Malformed::Order);
-            }
-            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                let slice = slice.map_err(|_| Malformed::Outside {
-                    address: descriptor.addr().0,
-                    len: descriptor.len(),
-                })?;
-                self.parts.push(iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
-            }
-            // The iterator stops without a word at a descriptor that it cannot follow.
-            ended = !descriptor.has_next();
-        }
-        if !ended {
-            return Err(Malformed::Endless);
-        }
-        if self.parts.len() > MAX_PARTS {
-            return Err(Malformed::TooManyParts);
-        }
+            parts.push(part);
+        })?;
         Ok(first_writable.unwrap_or(self.parts.len()))
     }
 

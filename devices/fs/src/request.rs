@@ -55,7 +55,7 @@ impl Request {
         // The old parts, if any, are gone before their memory can be.
         let parts = Parts::of_chain(memory, chain, &mut self.data, &mut self.reply);
         self.memory = Some(Arc::clone(memory));
-        parts?;
+        parts.map_err(|unusable| unusable.to_string())?;
         let length = self.data.len();
         let mut header = [0; IN_HEADER];
         if !self.data.read(&mut header) {

@@ -18,56 +18,12 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anemone_driver::bench;
+use anemone_driver::bench::{Kind, Load};
 use anemone_driver::net::{Receiver, Sender};
 use anemone_driver::{Options, Supervised};
 
 const QUEUE_SIZE: u16 = 256;
 const PATIENCE: Duration = Duration::from_secs(10);
-
-struct Load {
-    program: String,
-    stream: bool,
-    kind: Kind,
-    frame: usize,
-    seconds: f64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Tx,
-    Rx,
-    Ping,
-}
-
-fn parse() -> Result<Load, Box<dyn Error>> {
-    let mut load = Load {
-        program: String::new(),
-        stream: true,
-        kind: Kind::Tx,
-        frame: 64,
-        seconds: 3.0,
-    };
-    let mut args = std::env::args().skip(1);
-    while let Some(name) = args.next() {
-        let value = args.next().ok_or(format!("{name} needs a value"))?;
-        match (name.as_str(), value.as_str()) {
-            ("--program", _) => load.program = value,
-            ("--peer", "stream") => load.stream = true,
-            ("--peer", "packets") => load.stream = false,
-            ("--load", "tx") => load.kind = Kind::Tx,
-            ("--load", "rx") => load.kind = Kind::Rx,
-            ("--load", "ping") => load.kind = Kind::Ping,
-            ("--frame", _) => load.frame = value.parse()?,
-            ("--seconds", _) => load.seconds = value.parse()?,
-            _ => return Err(format!("cannot use {name} {value}").into()),
-        }
-    }
-    if !(14..=1514).contains(&load.frame) {
-        return Err("--frame is 14 to 1514".into());
-    }
-    Ok(load)
-}
 
 /// Takes frames and drops them, or sends them, or sends them back, until the process ends.
 fn stream_peer(mut socket: UnixStream, kind: Kind, frame: usize) {
@@ -99,10 +55,21 @@ fn packet_peer(socket: &UnixDatagram, kind: Kind, frame: usize) {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let load = parse()?;
-    let raw = bench::round_trip(Duration::from_millis(500))?;
-    let (kind, frame) = (load.kind, load.frame);
-    let (option, theirs): (_, OwnedFd) = if load.stream {
+    let (mut stream, mut frame) = (true, 64);
+    let load = Load::parse(|name, value| {
+        match (name, value) {
+            ("--peer", "stream") => stream = true,
+            ("--peer", "packets") => stream = false,
+            ("--frame", _) => frame = value.parse()?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    if !(14..=1514).contains(&frame) {
+        return Err("--frame is 14 to 1514".into());
+    }
+    let kind = load.kind;
+    let (option, theirs): (_, OwnedFd) = if stream {
         let (ours, theirs) = UnixStream::pair()?;
         thread::spawn(move || stream_peer(ours, kind, frame));
         ("--stream-fd", theirs.into())
@@ -123,7 +90,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut rx = Receiver::new(&memory, QUEUE_SIZE, QUEUE_SIZE.into(), 2048);
     let mut tx = Sender::new(&memory, QUEUE_SIZE, QUEUE_SIZE.into(), 1514);
     let pid = process.child().id();
-    let mut run = |seconds: f64| -> Result<u64, Box<dyn Error>> {
+    load.measure(pid, 1.0, |seconds| {
         let start = Instant::now();
         let mut frames = 0;
         while start.elapsed().as_secs_f64() < seconds {
@@ -164,32 +131,5 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
         Ok(frames)
-    };
-    run(load.seconds / 10.0)?;
-    let cpu = bench::cpu_time(pid)?;
-    let start = Instant::now();
-    let frames = run(load.seconds)?.max(1);
-    let seconds = start.elapsed().as_secs_f64();
-    let cpu = bench::cpu_time(pid)?.saturating_sub(cpu);
-    // A ping passes the process twice.
-    let passes = if kind == Kind::Ping {
-        2 * frames
-    } else {
-        frames
-    };
-    let round_trip = if kind == Kind::Ping {
-        1e9 * seconds / frames as f64
-    } else {
-        0.0
-    };
-    println!(
-        "{{\"per_second\": {:.0}, \"cpu_ns\": {:.1}, \"round_trip_ns\": {:.0}, \
-         \"raw_round_trip_ns\": {}, \"raw_cpu_ns\": {}}}",
-        frames as f64 / seconds,
-        cpu.as_nanos() as f64 / passes as f64,
-        round_trip,
-        raw.time.as_nanos(),
-        raw.cpu.as_nanos(),
-    );
-    Ok(())
+    })
 }

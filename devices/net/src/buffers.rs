@@ -2,10 +2,10 @@
 
 use std::ptr;
 
-use anemone_device::Chain;
+use anemone_device::{Chain, Side, Unusable, walk};
 use libc::iovec;
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 /// Pieces of a chain. The kernel takes 1024 in one call, and some more may stand before them.
 const MAX_PARTS: usize = 1000;
@@ -13,20 +13,9 @@ const MAX_PARTS: usize = 1000;
 /// A chain that is of no use; it is returned to the driver with nothing written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum Malformed {
-    /// A descriptor could not be read, or the chain loops or exceeds 4 GiB.
-    #[error("its chain does not end")]
-    Endless,
-    /// A buffer is not in guest memory.
-    #[error("a buffer of {len} bytes at {address:#x} is not in guest memory")]
-    Outside {
-        /// Guest address of the buffer.
-        address: u64,
-        /// Its length.
-        len: u32,
-    },
-    /// More than [`MAX_PARTS`] descriptors.
-    #[error("it has more than {MAX_PARTS} parts")]
-    TooManyParts,
+    /// Its descriptors are wrong.
+    #[error(transparent)]
+    Chain(#[from] Unusable),
     /// A buffer to read in the receive queue, or to write in the transmit queue.
     #[error("a buffer has the wrong direction")]
     Direction,
@@ -64,32 +53,19 @@ impl Buffers {
     ) -> Result<(), Malformed> {
         self.head = chain.head_index();
         self.clear();
-        let mut ended = false;
-        for descriptor in chain {
-            if self.parts.0.len() >= MAX_PARTS {
-                return Err(Malformed::TooManyParts);
-            }
-            if descriptor.is_write_only() != writable {
-                return Err(Malformed::Direction);
-            }
-            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                let slice = slice.map_err(|_| Malformed::Outside {
-                    address: descriptor.addr().0,
-                    len: descriptor.len(),
-                })?;
-                self.len += slice.len();
-                self.parts.0.push(iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
-            }
-            // The iterator stops without a word at a descriptor that it cannot follow.
-            ended = !descriptor.has_next();
-        }
-        match ended {
-            true if self.parts.0.len() <= MAX_PARTS => Ok(()),
-            true => Err(Malformed::TooManyParts),
-            false => Err(Malformed::Endless),
+        let wanted = match writable {
+            true => Side::Writable,
+            false => Side::Readable,
+        };
+        let mut astray = false;
+        walk(memory, chain, MAX_PARTS, |side, part| {
+            astray |= side != wanted;
+            self.len += part.iov_len;
+            self.parts.0.push(part);
+        })?;
+        match astray {
+            false => Ok(()),
+            true => Err(Malformed::Direction),
         }
     }
 

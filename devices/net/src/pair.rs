@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use anemone_device::{Bucket, Vring};
+use anemone_device::{Bucket, RingError, Vring};
 use anemone_log::warn_limited;
 
 use crate::filter::Filter;
@@ -31,6 +31,24 @@ pub enum Wait {
     Nothing,
     /// The driver has broken the ring.
     Broken,
+}
+
+/// Works on a ring and tells the driver. One that it has broken is given up; `Err` is an error of the
+/// port, which `work` may leave, too.
+pub fn on_ring(
+    ring: &mut Vring,
+    work: impl FnOnce(&mut Vring, &mut Option<StreamError>) -> Result<Wait, RingError>,
+) -> Result<Wait, StreamError> {
+    let mut error = None;
+    let worked = work(ring, &mut error).and_then(|wait| ring.notify().map(|()| wait));
+    let wait = worked.unwrap_or_else(|broken| {
+        ring.give_up(&broken);
+        Wait::Broken
+    });
+    match error {
+        Some(error) => Err(error),
+        None => Ok(wait),
+    }
 }
 
 /// What the main thread wants of a pair.

@@ -16,7 +16,7 @@ use virtio_queue::QueueT;
 use crate::buffers::{Buffers, Malformed, Pieces, piece_mut};
 use crate::filter::Filter;
 use crate::net::{ETHERNET_HEADER, HEADER_SIZE, MAX_FRAME, NUM_BUFFERS, PLAIN, feature};
-use crate::pair::{FRAMES_PER_TURN, Wait};
+use crate::pair::{FRAMES_PER_TURN, Wait, on_ring};
 use crate::port::{self, Port, Stream, StreamError};
 
 /// Features with which a tap hands over frames of up to 64 KiB.
@@ -115,22 +115,13 @@ impl Rx {
         let Some(mut ring) = self.ring.take() else {
             return Ok(Wait::Nothing);
         };
-        let mut error = None;
-        let served = self.serve(&mut ring, port, &mut error);
-        let wait = served.and_then(|wait| {
-            self.chains.give_back(&mut ring)?;
-            ring.notify()?;
+        let outcome = on_ring(&mut ring, |ring, error| {
+            let wait = self.serve(ring, port, error)?;
+            self.chains.give_back(ring)?;
             Ok(wait)
         });
-        let wait = wait.unwrap_or_else(|broken| {
-            ring.give_up(&broken);
-            Wait::Broken
-        });
         self.ring = Some(ring);
-        match error {
-            Some(error) => Err(error),
-            None => Ok(wait),
-        }
+        outcome
     }
 
     fn serve(

@@ -12,7 +12,7 @@ use virtio_queue::QueueT;
 use crate::buffers::{Buffers, Malformed, Pieces, piece};
 use crate::filter::Filter;
 use crate::net::{ETHERNET_HEADER, HEADER_SIZE, MAX_FRAME, check_header};
-use crate::pair::{FRAMES_PER_TURN, Wait};
+use crate::pair::{FRAMES_PER_TURN, Wait, on_ring};
 use crate::port::{self, Port, Stream, StreamError};
 use crate::stream::{MAX_LENGTH, PREFIX};
 
@@ -98,21 +98,9 @@ impl Tx {
         let Some(mut ring) = self.ring.take() else {
             return Ok(Wait::Nothing);
         };
-        let mut error = None;
-        let served = self.serve(&mut ring, port, &mut error);
-        let wait = served.and_then(|wait| {
-            ring.notify()?;
-            Ok(wait)
-        });
-        let wait = wait.unwrap_or_else(|broken| {
-            ring.give_up(&broken);
-            Wait::Broken
-        });
+        let outcome = on_ring(&mut ring, |ring, error| self.serve(ring, port, error));
         self.ring = Some(ring);
-        match error {
-            Some(error) => Err(error),
-            None => Ok(wait),
-        }
+        outcome
     }
 
     fn serve(

@@ -1,37 +1,20 @@
 //! The file behind the memory, and how it is brought to the storage.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
+use anemone_device::{FileError, open_again, open_locked};
 use thiserror::Error;
 
 /// Why a file cannot be served.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// `open` failed.
-    #[error("cannot open {} for {access}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What it was opened for.
-        access: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
-    /// Another process holds a conflicting lock.
-    #[error("{} is in use by another process", .0.display())]
-    InUse(PathBuf),
-    /// The file system cannot lock.
-    #[error("cannot lock {}: {source}", path.display())]
-    Lock {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    /// It cannot be opened, or somebody else uses it.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Not something that keeps bytes.
     #[error("the file is neither a regular file nor a block device")]
     Kind,
@@ -59,22 +42,7 @@ pub struct Backing {
 impl Backing {
     /// Opens `path` and locks it against other users: exclusively when writable, shared when not.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            // Opening a FIFO by mistake would wait for its other end.
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(|source| Error::Open {
-                path: path.to_owned(),
-                access: match read_only {
-                    true => "reading",
-                    false => "reading and writing",
-                },
-                source,
-            })?;
-        lock(&file, path, read_only)?;
-        Self::new(file, read_only)
+        Self::new(open_locked(path, read_only)?, read_only)
     }
 
     /// Takes over a file that the caller has opened and locked.
@@ -89,11 +57,7 @@ impl Backing {
         }
         // Where there is no /proc both are one description, and a kill at the one moment that is
         // described above goes unnoticed.
-        let own = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-            .or_else(|_| file.try_clone())?;
+        let own = open_again(&file, read_only, 0)?;
         Ok(Self {
             own,
             inherited: file,
@@ -117,29 +81,6 @@ impl Backing {
         // What there was to write has been written just now.
         result.and(self.inherited.sync_data())
     }
-}
-
-/// Locks the whole file for as long as it is open.
-fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), Error> {
-    // SAFETY: all-zero is a valid flock: from offset 0 to the end, wherever that is, and an open
-    // file description lock wants its process id 0.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = match read_only {
-        true => libc::F_RDLCK,
-        false => libc::F_WRLCK,
-    } as libc::c_short;
-    // SAFETY: F_OFD_SETLK reads the flock, which lives for the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-        return Ok(());
-    }
-    let source = io::Error::last_os_error();
-    Err(match source.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Error::InUse(path.to_owned()),
-        _ => Error::Lock {
-            path: path.to_owned(),
-            source,
-        },
-    })
 }
 
 #[cfg(test)]

@@ -17,46 +17,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anemone_driver::bench::{Kind, Load};
 use anemone_driver::vsock::Guest;
-use anemone_driver::{Options, Supervised, bench};
+use anemone_driver::{Options, Supervised};
 
 const PORT: u32 = 5;
 const PING: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(10);
-
-struct Load {
-    program: String,
-    kind: Kind,
-    seconds: f64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Tx,
-    Rx,
-    Ping,
-}
-
-fn parse() -> Result<Load, Box<dyn Error>> {
-    let mut load = Load {
-        program: String::new(),
-        kind: Kind::Tx,
-        seconds: 3.0,
-    };
-    let mut args = std::env::args().skip(1);
-    while let Some(name) = args.next() {
-        let value = args.next().ok_or(format!("{name} needs a value"))?;
-        match (name.as_str(), value.as_str()) {
-            ("--program", _) => load.program = value,
-            ("--load", "tx") => load.kind = Kind::Tx,
-            ("--load", "rx") => load.kind = Kind::Rx,
-            ("--load", "ping") => load.kind = Kind::Ping,
-            ("--seconds", _) => load.seconds = value.parse()?,
-            _ => return Err(format!("cannot use {name} {value}").into()),
-        }
-    }
-    Ok(load)
-}
 
 /// Takes bytes and drops them, or sends them, or sends them back, until the process ends.
 fn peer(mut socket: UnixStream, kind: Kind) {
@@ -74,8 +41,7 @@ fn peer(mut socket: UnixStream, kind: Kind) {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let load = parse()?;
-    let raw = bench::round_trip(Duration::from_millis(500))?;
+    let load = Load::parse(|_, _| Ok(false))?;
     let kind = load.kind;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("v");
@@ -102,7 +68,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     thread::spawn(move || peer(host, kind));
     let data = vec![0x55u8; 64 << 10];
     let pid = process.child().id();
-    let mut run = |seconds: f64| -> Result<u64, Box<dyn Error>> {
+    let unit = match kind {
+        Kind::Ping => 1.0,
+        Kind::Tx | Kind::Rx => 1024.0,
+    };
+    load.measure(pid, unit, |seconds| {
         let start = Instant::now();
         let mut count = 0;
         while start.elapsed().as_secs_f64() < seconds {
@@ -136,24 +106,5 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
         Ok(count)
-    };
-    run(load.seconds / 10.0)?;
-    let cpu = bench::cpu_time(pid)?;
-    let start = Instant::now();
-    let count = run(load.seconds)?.max(1) as f64;
-    let seconds = start.elapsed().as_secs_f64();
-    let cpu = bench::cpu_time(pid)?.saturating_sub(cpu).as_nanos() as f64;
-    let (each, round_trip) = match kind {
-        // A ping passes the process twice.
-        Kind::Ping => (cpu / (2.0 * count), 1e9 * seconds / count),
-        _ => (cpu / (count / 1024.0), 0.0),
-    };
-    println!(
-        "{{\"per_second\": {:.0}, \"cpu_ns\": {each:.1}, \"round_trip_ns\": {round_trip:.0}, \
-         \"raw_round_trip_ns\": {}, \"raw_cpu_ns\": {}}}",
-        count / seconds,
-        raw.time.as_nanos(),
-        raw.cpu.as_nanos(),
-    );
-    Ok(())
+    })
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use anemone_device::{Device, Host, RingError, Vring, Watch};
+use anemone_device::{Device, Host, RingError, Side, Vring, Watch};
 use anemone_ipc::Channel;
 use anemone_log::warn_limited;
 use libc::iovec;
@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::connections::{Buffers, Connections, Delivery, Incoming};
 use crate::packet::{HEADER_SIZE, Header};
-use crate::parts::{self, Side};
+use crate::parts;
 use crate::state::SLOTS;
 use crate::sys;
 

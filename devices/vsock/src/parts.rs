@@ -1,49 +1,27 @@
 //! Pieces of guest memory, as the kernel takes them.
 
-use anemone_device::Chain;
+use anemone_device::{Chain, Side, walk};
 use anemone_log::warn_limited;
 use libc::iovec;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use crate::packet::HEADER_SIZE;
 
-/// Most pieces of a chain that are used; the kernel takes no more in one call.
+/// Most pieces of a chain; the kernel takes no more in one call.
 const MAX_PARTS: usize = 1024;
 
-/// Which buffers of a chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// Those that the device reads.
-    Readable,
-    /// Those that it writes.
-    Writable,
-}
-
-/// Adds the pieces of a chain to `parts`; false if they are not all in guest memory. The pointers
-/// are good while `memory` is.
+/// Adds the pieces of one side of a chain to `parts`; false if it cannot be used. The pointers are
+/// good while `memory` is.
 pub fn gather(memory: &GuestMemoryMmap, chain: Chain, side: Side, parts: &mut Vec<iovec>) -> bool {
-    let buffers = match side {
-        Side::Readable => chain.readable(),
-        Side::Writable => chain.writable(),
-    };
-    let most = parts.len() + MAX_PARTS;
-    for buffer in buffers {
-        for slice in memory.get_slices(buffer.addr(), buffer.len() as usize) {
-            let slice = match slice {
-                Ok(slice) if parts.len() < most => slice,
-                Ok(_) => return true,
-                Err(error) => {
-                    warn_limited!("a buffer of the driver is not in guest memory: {error}");
-                    return false;
-                }
-            };
-            parts.push(iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            });
+    let walked = walk(memory, chain, MAX_PARTS, |found, part| {
+        if found == side {
+            parts.push(part);
         }
+    });
+    if let Err(unusable) = walked {
+        warn_limited!("a chain of the driver is of no use: {unusable}");
     }
-    true
+    walked.is_ok()
 }
 
 /// Length of pieces together.

@@ -228,6 +228,36 @@ fn buffers_that_are_none_are_returned() {
 }
 
 #[test]
+fn packets_in_broken_chains_are_none() {
+    let mut setup = start();
+    // A whole packet, which would have an answer.
+    let header = stray(op::RW).header();
+    let memory = setup.guest.device.memory.clone();
+    let addr = memory.alloc(header.len() as u64, 16);
+    memory.write(addr, &header);
+    let part = |flags, next| Descriptor {
+        addr,
+        len: header.len() as u32,
+        flags,
+        next,
+    };
+    // The last descriptor leads back to the first, to none, or is to be read after a writable one.
+    for second in [part(flags::NEXT, 0), part(flags::NEXT, 9000), part(0, 0)] {
+        let astray = if second.flags == 0 { flags::WRITE } else { 0 };
+        let queue = &mut setup.guest.device.queues[queue::TX];
+        queue.write_descriptor(0, &part(flags::NEXT, 1));
+        queue.write_descriptor(1, &part(flags::NEXT | astray, 2));
+        queue.write_descriptor(2, &second);
+        queue.offer_raw(0);
+        assert!(queue.wait(PATIENCE).unwrap());
+        assert_eq!(queue.take_used().unwrap().len, 0);
+        let answer = setup.guest.receive(MOMENT).unwrap();
+        assert!(answer.is_none(), "{answer:?}");
+    }
+    still_serves(&mut setup);
+}
+
+#[test]
 fn a_broken_ring_is_given_up() {
     let mut setup = start();
     let queue = &mut setup.guest.device.queues[queue::TX];

@@ -28,6 +28,7 @@
 
 mod args;
 mod bucket;
+mod file;
 mod host;
 mod inflight;
 mod jail;
@@ -37,16 +38,19 @@ mod parts;
 mod session;
 mod timer;
 mod vring;
+mod walk;
 
 pub use anemone_process::inherited_fd;
 pub use anemone_sandbox::{Filter, Mode, ProcessJail, Share};
 pub use args::{About, Common, parse_fd};
 pub use bucket::Bucket;
+pub use file::{FileError, open_again, open_locked};
 pub use host::Host;
 pub use main_loop::{listen, run};
 pub use parts::Parts;
 pub use timer::Timer;
 pub use vring::{Chain, RingError, Vring};
+pub use walk::{Side, Unusable, walk};
 
 /// The state of a balloon, for [`Host::balloon`].
 pub use anemone_ipc::device::Balloon as BalloonState;

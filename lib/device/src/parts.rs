@@ -5,10 +5,12 @@ use std::{fmt, mem, ptr};
 
 use libc::iovec;
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
-/// Descriptors of a chain at most: the kernel takes no longer list of parts.
-const MAX_DESCRIPTORS: usize = 1024;
+use crate::walk::{Side, Unusable, walk};
+
+/// Parts of a chain at most: the kernel takes no longer list.
+const MAX_PARTS: usize = 1024;
 
 /// A string of bytes in guest memory, in pieces. It must not outlive the guest memory that it was
 /// found in; the guest may change the bytes at any time, so they are only ever copied.
@@ -34,46 +36,22 @@ impl Parts {
     /// writes to `writable`. Neighbours become one part.
     ///
     /// # Errors
-    /// Why the chain carries no request, for the log.
+    /// The chain carries no request.
     pub fn of_chain(
         memory: &GuestMemoryMmap,
         chain: DescriptorChain<impl Deref<Target = GuestMemoryMmap>>,
         readable: &mut Self,
         writable: &mut Self,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unusable> {
         readable.clear();
         writable.clear();
-        let mut writes = false;
-        let mut ended = false;
-        for (count, descriptor) in chain.enumerate() {
-            if count == MAX_DESCRIPTORS {
-                return Err(format!("it has more than {MAX_DESCRIPTORS} descriptors"));
-            }
-            writes |= descriptor.is_write_only();
-            if writes && !descriptor.is_write_only() {
-                // virtio 1.3, 2.7.4.2
-                return Err("a readable buffer follows a writable one".to_owned());
-            }
-            let parts = if writes {
-                &mut *writable
-            } else {
-                &mut *readable
+        walk(memory, chain, MAX_PARTS, |side, part| {
+            let parts = match side {
+                Side::Readable => &mut *readable,
+                Side::Writable => &mut *writable,
             };
-            let (address, len) = (descriptor.addr(), descriptor.len());
-            for slice in memory.get_slices(address, len as usize) {
-                let slice = slice.map_err(|_| {
-                    let address = address.0;
-                    format!("a buffer of {len} bytes at {address:#x} is not in guest memory")
-                })?;
-                parts.push(slice.ptr_guard_mut().as_ptr(), slice.len());
-            }
-            // The iterator stops without a word at a descriptor that it cannot follow.
-            ended = !descriptor.has_next();
-        }
-        match ended {
-            true => Ok(()),
-            false => Err("its chain does not end".to_owned()),
-        }
+            parts.push(part.iov_base.cast(), part.iov_len);
+        })
     }
 
     fn push(&mut self, start: *mut u8, len: usize) {

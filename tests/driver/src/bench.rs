@@ -1,5 +1,6 @@
-//! What benchmarks measure with.
+//! What benchmarks measure with, and what their clients have in common.
 
+use std::error::Error;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -22,6 +23,93 @@ pub fn cpu_time(pid: u32) -> io::Result<Duration> {
         nanos += first.and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
     }
     Ok(Duration::from_nanos(nanos))
+}
+
+/// Which way a load goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// From the guest, as fast as it goes.
+    Tx,
+    /// To the guest.
+    Rx,
+    /// One thing at a time, to the peer and back.
+    Ping,
+}
+
+/// What a client is to measure, and the raw round trip.
+#[derive(Debug)]
+pub struct Load {
+    /// The device's program.
+    pub program: String,
+    /// Which way.
+    pub kind: Kind,
+    seconds: f64,
+    raw: RoundTrip,
+}
+
+impl Load {
+    /// Measures the raw round trip, and reads the command line: pairs of an option and its value. `other` takes those that only this
+    /// client has, and says whether it knows them.
+    ///
+    /// # Errors
+    /// An option or a value is none.
+    pub fn parse(
+        mut other: impl FnMut(&str, &str) -> Result<bool, Box<dyn Error>>,
+    ) -> Result<Self, Box<dyn Error>> {
+        let mut load = Self {
+            program: String::new(),
+            kind: Kind::Tx,
+            seconds: 3.0,
+            raw: round_trip(Duration::from_millis(500))?,
+        };
+        let mut args = std::env::args().skip(1);
+        while let Some(name) = args.next() {
+            let value = args.next().ok_or(format!("{name} needs a value"))?;
+            match (name.as_str(), value.as_str()) {
+                ("--program", _) => load.program = value,
+                ("--load", "tx") => load.kind = Kind::Tx,
+                ("--load", "rx") => load.kind = Kind::Rx,
+                ("--load", "ping") => load.kind = Kind::Ping,
+                ("--seconds", _) => load.seconds = value.parse()?,
+                (name, value) if other(name, value)? => {}
+                _ => return Err(format!("cannot use {name} {value}").into()),
+            }
+        }
+        Ok(load)
+    }
+
+    /// Measures the process `pid` and prints the client's line: what is counted each second, the
+    /// processor time of the process for each `unit` of it and each way, the time of a round trip, and
+    /// the raw figures. `run` does the load for so many seconds and counts.
+    ///
+    /// # Errors
+    /// The load fails.
+    pub fn measure(
+        &self,
+        pid: u32,
+        unit: f64,
+        mut run: impl FnMut(f64) -> Result<u64, Box<dyn Error>>,
+    ) -> Result<(), Box<dyn Error>> {
+        run(self.seconds / 10.0)?;
+        let cpu = cpu_time(pid)?;
+        let start = Instant::now();
+        let count = run(self.seconds)?.max(1) as f64;
+        let seconds = start.elapsed().as_secs_f64();
+        let cpu = cpu_time(pid)?.saturating_sub(cpu).as_nanos() as f64;
+        let (ways, round_trip) = match self.kind {
+            Kind::Ping => (2.0, 1e9 * seconds / count),
+            Kind::Tx | Kind::Rx => (1.0, 0.0),
+        };
+        println!(
+            "{{\"per_second\": {:.0}, \"cpu_ns\": {:.1}, \"round_trip_ns\": {round_trip:.0}, \
+             \"raw_round_trip_ns\": {}, \"raw_cpu_ns\": {}}}",
+            count / seconds,
+            cpu * unit / (ways * count),
+            self.raw.time.as_nanos(),
+            self.raw.cpu.as_nanos(),
+        );
+        Ok(())
+    }
 }
 
 /// The raw eventfd round trip.

@@ -1,6 +1,7 @@
 //! `xtask bench`: figures, not verdicts. docs/testing.md describes how each is taken.
 
 mod block;
+mod client;
 mod memory;
 mod net;
 mod soft;

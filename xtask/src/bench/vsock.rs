@@ -1,52 +1,29 @@
 //! `bench vsock`: a stream through `anemone-vsock` between a driver and a program of the host that the
 //! same client plays. No guest.
 
-use std::path::Path;
-use std::process::Command;
-
-use anyhow::{Context, Result};
-use serde::Deserialize;
+use anyhow::Result;
 
 use crate::table::{Table, decimal, publish};
-use crate::{build, sh};
 
-use super::median;
-
-/// The client's line.
-#[derive(Debug, Clone, Copy, Deserialize)]
-struct Sample {
-    per_second: f64,
-    cpu_ns: f64,
-    round_trip_ns: f64,
-    raw_round_trip_ns: f64,
-    raw_cpu_ns: f64,
-}
+use super::client::Client;
 
 /// Measures each load `runs` times for `seconds` each.
 pub fn run(runs: usize, seconds: u32) -> Result<()> {
-    let product = build::full()?;
-    let client = build::example("anemone-vsock", "vsock-bench")?;
-    let program = product.path("anemone-vsock");
-    let measure = |load: &str| -> Result<Vec<Sample>> {
-        (1..=runs)
-            .map(|round| {
-                sh::progress(format_args!("{load}, round {round} of {runs}"));
-                sample(&client, &program, load, seconds)
-            })
-            .collect()
-    };
+    let client = Client::build("anemone-vsock", "vsock-bench", runs, seconds)?;
     let mut flow = Table::new(
         "one stream through anemone-vsock, as fast as it goes (medians); CPU time is its own",
         &["direction", "MiB/s", "CPU ns per KiB", "GiB per CPU s"],
     );
     for (load, name) in [("tx", "from the guest"), ("rx", "to the guest")] {
-        let samples = measure(load)?;
-        let of = |value: fn(&Sample) -> f64| median(&samples.iter().map(value).collect::<Vec<_>>());
+        let samples = client.measure(&["--load", load])?;
         flow.row(vec![
             name.into(),
-            (of(|s| s.per_second / f64::from(1 << 20)).round() as u64).into(),
-            decimal(of(|s| s.cpu_ns)),
-            decimal(of(|s| 1e9 / s.cpu_ns / f64::from(1 << 20))),
+            (samples
+                .median(|s| s.per_second / f64::from(1 << 20))
+                .round() as u64)
+                .into(),
+            decimal(samples.median(|s| s.cpu_ns)),
+            decimal(samples.median(|s| 1e9 / s.cpu_ns / f64::from(1 << 20))),
         ]);
     }
     let mut ping = Table::new(
@@ -61,26 +38,6 @@ pub fn run(runs: usize, seconds: u32) -> Result<()> {
             "added CPU µs",
         ],
     );
-    let samples = measure("ping")?;
-    let of = |value: fn(&Sample) -> f64| median(&samples.iter().map(value).collect::<Vec<_>>());
-    ping.row(vec![
-        decimal(of(|s| s.round_trip_ns / 1e3)),
-        decimal(of(|s| s.raw_round_trip_ns / 1e3)),
-        decimal(of(|s| s.round_trip_ns / s.raw_round_trip_ns)),
-        decimal(of(|s| s.cpu_ns / 1e3)),
-        decimal(of(|s| s.raw_cpu_ns / 1e3)),
-        decimal(of(|s| (s.cpu_ns - s.raw_cpu_ns) / 1e3)),
-    ]);
+    ping.row(client.measure(&["--load", "ping"])?.ping());
     publish("vsock", &[flow, ping])
-}
-
-fn sample(client: &Path, program: &Path, load: &str, seconds: u32) -> Result<Sample> {
-    let output = sh::quiet(
-        Command::new(client)
-            .arg("--program")
-            .arg(program)
-            .args(["--load", load])
-            .args(["--seconds", &seconds.to_string()]),
-    )?;
-    serde_json::from_slice(&output.stdout).context("vsock-bench has printed something else")
 }

@@ -3,14 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use anemone_device::{RingError, Vring};
+use anemone_device::{RingError, Side, Vring};
 use anemone_log::warn_limited;
 use libc::iovec;
 use virtio_queue::QueueT;
 
 use super::{Connections, Outgoing};
 use crate::packet::{HEADER_SIZE, Header};
-use crate::parts::{self, Side};
+use crate::parts;
 use crate::state::{BATCH, phase, receiving};
 use crate::sys;
 
