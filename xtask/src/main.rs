@@ -128,6 +128,15 @@ enum Bench {
         #[arg(long, default_value_t = 3)]
         seconds: u32,
     },
+    /// Requests to a shared directory, beside virtiofsd.
+    Fs {
+        /// Measurements of each server and load.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        /// Length of one measurement.
+        #[arg(long, default_value_t = 3)]
+        seconds: u32,
+    },
     /// Frames through anemone-net: packets per second, CPU time per packet, latency.
     Net {
         /// Measurements of each load.
@@ -194,6 +203,7 @@ fn dispatch(command: Command) -> Result<bool> {
             Bench::Start { runs } => bench::start(runs)?,
             Bench::Memory => bench::memory()?,
             Bench::Block { runs, seconds } => bench::block(runs, seconds)?,
+            Bench::Fs { runs, seconds } => bench::fs(runs, seconds)?,
             Bench::Net { runs, seconds } => bench::net(runs, seconds)?,
             Bench::Vsock { runs, seconds } => bench::vsock(runs, seconds)?,
             Bench::Soft {

@@ -326,7 +326,7 @@ impl Packages {
     }
 
     fn program(&self, name: &str) -> Result<PathBuf> {
-        ["usr/bin", "bin", "usr/sbin", "sbin"]
+        ["usr/bin", "bin", "usr/sbin", "sbin", "usr/lib/qemu"]
             .iter()
             .map(|dir| self.root.join(dir).join(name))
             .find(|path| path.exists())

@@ -25,6 +25,21 @@ pub fn cpu_time(pid: u32) -> io::Result<Duration> {
     Ok(Duration::from_nanos(nanos))
 }
 
+/// [`cpu_time`] of a process, its children and theirs.
+///
+/// # Errors
+/// The process is gone.
+pub fn cpu_time_of_family(pid: u32) -> io::Result<Duration> {
+    let mut time = cpu_time(pid)?;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let children = std::fs::read_to_string(task?.path().join("children"))?;
+        for child in children.split_whitespace().flat_map(str::parse) {
+            time += cpu_time_of_family(child)?;
+        }
+    }
+    Ok(time)
+}
+
 /// Which way a load goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

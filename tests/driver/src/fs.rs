@@ -203,14 +203,28 @@ impl Requests {
     /// # Panics
     /// The reply is not one to the request, or its lengths do not agree.
     pub fn finish(&mut self, memory: &Memory, queue: &mut Queue) -> Option<Finished> {
+        let (slot, length) = self.finish_unread(memory, queue)?;
+        let reply = length.map(|length| length.map(|len| self.reply_bytes(memory, slot, len)));
+        Some(Finished { slot, reply })
+    }
+
+    /// Takes a finished request and leaves its reply where it is: the slot, and the length of what follows
+    /// the reply's header or the error number; `None` if nothing was written.
+    ///
+    /// # Panics
+    /// As for [`finish`](Self::finish).
+    pub fn finish_unread(
+        &mut self,
+        memory: &Memory,
+        queue: &mut Queue,
+    ) -> Option<(usize, Option<Reply<usize>>)> {
         let used = queue.take_used()?;
         let (slot, unique) = self.by_head.get_mut(used.head as usize)?.take()?;
         self.free.push(slot);
-        let parts = self.slots[slot];
         if used.len == 0 {
-            return Some(Finished { slot, reply: None });
+            return Some((slot, None));
         }
-        let header = memory.read_vec(parts.reply, OUT_HEADER);
+        let header = memory.read_vec(self.slots[slot].reply, OUT_HEADER);
         let word = |at: usize| {
             let bytes = [header[at], header[at + 1], header[at + 2], header[at + 3]];
             u32::from_ne_bytes(bytes)
@@ -218,15 +232,11 @@ impl Requests {
         assert_eq!(word(0), used.len, "length in the header and in the ring");
         let told = u64::from(word(8)) | u64::from(word(12)) << 32;
         assert_eq!(told, unique, "reply to another request");
-        let len = used.len as usize - OUT_HEADER;
-        let reply = match word(4) as i32 {
-            0 => Ok(self.reply_bytes(memory, slot, len)),
+        let length = match word(4) as i32 {
+            0 => Ok(used.len as usize - OUT_HEADER),
             error => Err(-error),
         };
-        Some(Finished {
-            slot,
-            reply: Some(reply),
-        })
+        Some((slot, Some(length)))
     }
 
     /// Bytes after the header: in the data's place, or beside it after a write.

@@ -65,6 +65,12 @@ impl Client {
 #[derive(Debug)]
 pub struct Samples(Vec<Sample>);
 
+impl From<Vec<Sample>> for Samples {
+    fn from(samples: Vec<Sample>) -> Self {
+        Self(samples)
+    }
+}
+
 impl Samples {
     /// The middle of a value.
     pub fn median(&self, value: fn(&Sample) -> f64) -> f64 {

@@ -2,6 +2,7 @@
 
 mod block;
 mod client;
+mod fs;
 mod memory;
 mod net;
 mod soft;
@@ -11,6 +12,7 @@ mod vmm;
 mod vsock;
 
 pub use block::run as block;
+pub use fs::run as fs;
 pub use memory::{of_family, run as memory};
 pub use net::run as net;
 pub use soft::{Engine, Plan, run as soft};
