@@ -22,7 +22,7 @@ use crate::vsock::Vsock;
 #[derive(Debug, ThisError)]
 pub enum Error {
     /// The file could not be opened or is not text.
-    #[error("{}: {source}", path.display())]
+    #[error("configuration {}: {source}{}", path.display(), detached_value(path))]
     Read {
         /// The file.
         path: PathBuf,
@@ -375,6 +375,16 @@ impl Short for Pmem {
 }
 impl Short for PanicDevice {
     const MAIN_KEY: Option<&'static str> = None;
+}
+
+/// Says what a name that is no file's probably was meant as.
+fn detached_value(path: &Path) -> &'static str {
+    match path.to_str() {
+        Some(name) if name.contains('=') && !path.exists() => {
+            "; an option that needs no value takes it behind `=`, as in --rng=rate=1000"
+        }
+        _ => "",
+    }
 }
 
 impl Config {

@@ -236,7 +236,11 @@ fn configuration_files() {
         lab.anemone(&["check", "vm.toml"]).expect(2, parts);
     }
     lab.anemone(&["run", "missing.toml"])
-        .expect(2, &["missing.toml: No such file"]);
+        .expect(2, &["configuration missing.toml: No such file"]);
+    lab.anemone(&["run", "--rng", "rate=1000"]).expect(
+        2,
+        &["configuration rate=1000: No such file", "--rng=rate=1000"],
+    );
     assert_eq!(lab.log("vmm"), "");
 }
 
