@@ -25,7 +25,7 @@
 //! status, the last writable byte, is copied whatever the length. A reset empties the region.
 //!
 //! All of this outlives the back end: one that takes over for another finds region, rings and
-//! eventfds as they were.
+//! eventfds as they were. If it does not track what is in flight, the shadow rings begin anew with that.
 
 mod chain;
 mod memory;
@@ -231,11 +231,12 @@ impl Bounce {
     }
 
     /// Another back end is about to get the queues that the one before has lost. It finds in the available
-    /// rings, from the used index on, all that is in flight: nothing is lost, whether it tracks that or not.
+    /// rings, from the used index on, all that is in flight: nothing is lost, whether it tracks that or not. If
+    /// it does not (`tracked`), the rings begin anew.
     ///
     /// # Errors
     /// As for [`turn`](Self::turn).
-    pub fn resume(&mut self) -> Result<(), Broken> {
+    pub fn resume(&mut self, tracked: bool) -> Result<(), Broken> {
         for queue in &mut self.queues {
             queue.due = true;
         }
@@ -248,7 +249,7 @@ impl Bounce {
         let outcome = self
             .queues
             .iter_mut()
-            .try_for_each(|queue| queue.offer_again(&self.region.memory));
+            .try_for_each(|queue| queue.offer_again(&self.region.memory, tracked));
         outcome.inspect_err(|_| self.queues.clear())
     }
 

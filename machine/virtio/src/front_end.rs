@@ -317,11 +317,16 @@ impl Thread<'_> {
         }
         let (session, mut connected) = Session::open(reconnect.socket, &self.limits)?;
         Bounce::withhold(self.bounce.as_ref(), &mut connected);
+        let tracked = session.tracks() && self.inflight.is_some();
+        if !tracked {
+            // What an earlier one was doing is nothing to go by for a later one.
+            self.inflight = None;
+        }
         self.session = Some(session);
         if let Some(start) = self.pending.start.take() {
             self.started = Some(self.latch(start));
         } else if let Some(bounce) = &mut self.bounce
-            && let Err(e) = bounce.resume()
+            && let Err(e) = bounce.resume(tracked)
         {
             warn_limited!("{}: {e}; the device needs a reset", self.device.id());
             self.device.needs_reset();

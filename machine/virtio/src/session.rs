@@ -155,6 +155,11 @@ impl Session {
         Ok((session, connected))
     }
 
+    /// The back end tracks what is in flight.
+    pub fn tracks(&self) -> bool {
+        self.protocol & protocol::INFLIGHT_SHMFD != 0
+    }
+
     /// What to poll: the connection, readable when the back end has hung up, and its own requests.
     pub fn watched(&self) -> [RawFd; 2] {
         let requests = self.requests.as_ref().map_or(-1, |r| r.as_fd().as_raw_fd());
@@ -225,7 +230,7 @@ impl Session {
         let connection = &mut self.connection;
         connection.set_features(start.features | F_PROTOCOL_FEATURES)?;
         connection.set_mem_table(&ram.table())?;
-        if self.protocol & protocol::INFLIGHT_SHMFD != 0 {
+        if self.tracks() {
             self.share_inflight(start, inflight)?;
         }
         for q in &start.queues {

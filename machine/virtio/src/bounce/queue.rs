@@ -440,19 +440,31 @@ impl Queue {
         Ok(true)
     }
 
-    /// Puts what the back end has not returned where one that begins at the used index finds it, the
-    /// oldest first, and then what it has not taken. One that tracks what was in flight takes the first of them
-    /// from there, and goes on with the others: what was taken is older than what was not.
-    pub fn offer_again(&mut self, region: &Memory) -> Result<(), Broken> {
+    /// Puts what the back end has not returned where the next one finds it: in the available ring from the
+    /// used index on, the oldest first, and then what was not taken. One that tracks what was in flight
+    /// takes the first of them from there, and goes on with the others: what was taken is older than
+    /// what was not. For one that does not, the rings begin anew, as after a reset: some begin with a used
+    /// index of 0 on every connection, whatever the ring says.
+    pub fn offer_again(&mut self, region: &Memory, tracked: bool) -> Result<(), Broken> {
         let mut left: Vec<(u64, u16)> = (0..)
             .zip(&self.flights)
             .filter(|(_, f)| f.busy)
             .map(|(head, f)| (f.number, head))
             .collect();
         left.sort_unstable();
+        if !tracked {
+            self.shadow_used = 0;
+            // At most as many as the ring has entries.
+            self.shadow_available = left.len() as u16;
+            self.shadow_told = self.shadow_available;
+            region.store(self.shadow.available + 2, self.shadow_available)?;
+        }
         for (index, (_, head)) in (self.shadow_used..=u16::MAX).chain(0..).zip(left) {
             region.store(self.shadow.available_entry(index), head)?;
         }
+        self.due = true;
+        // Whether the one before wanted kicks is of no concern any more.
+        region.store(self.shadow.used, 0)?;
         region.store(self.shadow.used + 2, self.shadow_used)
     }
 

@@ -745,8 +745,9 @@ fn another_back_end_goes_on_where_the_first_has_died() {
     assert_eq!(returned, 6, "each once");
 }
 
-#[test]
-fn back_end_that_tracks_nothing_finds_all_that_is_in_flight() {
+/// Chains are in flight; another back end takes over, and goes on at `base`. What the rings say of that
+/// must be the same.
+fn all_in_flight_is_found(tracked: bool, base: u16) {
     let mut s = Setup::new(CONSOLE, F_EVENT_IDX, 1 << 20);
     // The indices pass their end on the way.
     let mut back_end = s.back_end();
@@ -771,11 +772,13 @@ fn back_end_that_tracks_nothing_finds_all_that_is_in_flight() {
     for at in [5, 2, 7] {
         back_end.push(&taken[at], b"first");
     }
-    s.bounce.resume().unwrap();
-    let mut next = s.back_end();
+    // It wants no kick just now.
     let used = s.shadow.queues[0].used;
-    let base = s.region.read_obj::<u16>(GuestAddress(used + 2)).unwrap();
-    assert_eq!(base, 65_533);
+    s.region.write_obj(1u16, GuestAddress(used)).unwrap();
+    s.bounce.resume(tracked).unwrap();
+    let mut next = s.back_end();
+    let word = |at: u64| s.region.read_obj::<u16>(GuestAddress(at)).unwrap();
+    assert_eq!((word(used), word(used + 2)), (0, base));
     next.queue.set_next_avail(base);
     next.queue.set_next_used(base);
     let mut order = Vec::new();
@@ -798,6 +801,26 @@ fn back_end_that_tracks_nothing_finds_all_that_is_in_flight() {
         };
         assert_eq!(s.bytes(*reply)[..text.len()], *text, "{i}");
     }
+    // And it goes on from there.
+    while s.guest.take_used().is_some() {}
+    let last = s.buffer(8);
+    s.guest.add(&[], &[last]).unwrap();
+    s.publish();
+    s.turn().unwrap();
+    let request = next.pop().expect("the next chain");
+    next.push(&request, b"third");
+    s.turn().unwrap();
+    assert_eq!(s.bytes(last)[..5], *b"third");
+}
+
+#[test]
+fn back_end_that_tracks_what_is_in_flight_goes_on_at_the_used_index() {
+    all_in_flight_is_found(true, 65_533);
+}
+
+#[test]
+fn back_end_that_tracks_nothing_finds_rings_that_begin_anew() {
+    all_in_flight_is_found(false, 0);
 }
 
 #[test]
@@ -989,8 +1012,8 @@ enum Step {
     Return(u32, u32),
     /// The device thread takes its turn.
     Turn,
-    /// Another back end takes over.
-    Resume,
+    /// Another back end takes over, which tracks what is in flight or does not.
+    Resume(bool),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -1004,7 +1027,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..u32::from(QUEUE) + 1, prop_oneof![0..9000u32, any::<u32>()])
             .prop_map(|(h, l)| Step::Return(h, l)),
         4 => Just(Step::Turn),
-        1 => Just(Step::Resume),
+        1 => any::<bool>().prop_map(Step::Resume),
     ];
     prop::collection::vec(step, 1..60)
 }
@@ -1067,7 +1090,7 @@ proptest! {
                     q.call.signal();
                 }
                 Step::Turn => drop(s.turn()),
-                Step::Resume => drop(s.bounce.resume()),
+                Step::Resume(tracked) => drop(s.bounce.resume(tracked)),
             }
         }
         let _ = s.turn();
@@ -1121,7 +1144,14 @@ proptest! {
                     }
                 }
                 Step::Turn => broken |= s.turn().is_err(),
-                Step::Resume => broken |= s.bounce.resume().is_err(),
+                Step::Resume(tracked) => {
+                    broken |= s.bounce.resume(tracked).is_err();
+                    back_end = s.back_end();
+                    let used = GuestAddress(s.shadow.queues[0].used + 2);
+                    let base = s.region.read_obj(used).unwrap();
+                    back_end.queue.set_next_avail(base);
+                    back_end.queue.set_next_used(base);
+                }
                 Step::Return(..) => {}
             }
             prop_assert_eq!(broken, s.bounce.poll_entries().count() == 0);

@@ -40,6 +40,8 @@ struct Script {
     features: u64,
     queues: u64,
     config: [u8; 8],
+    /// It tracks what is in flight.
+    tracks: bool,
     /// Instead of answering the request of this number, from 0.
     end: Option<(usize, End)>,
 }
@@ -50,6 +52,7 @@ impl Default for Script {
             features: FEATURES,
             queues: 2,
             config: [1, 2, 3, 4, 5, 6, 7, 8],
+            tracks: true,
             end: None,
         }
     }
@@ -120,11 +123,11 @@ fn play(socket: UnixStream, script: &Script) -> Vec<String> {
             }
             Command::GetProtocolFeatures => {
                 ack = false;
-                let offered = protocol::MQ
-                    | protocol::REPLY_ACK
-                    | protocol::CONFIG
-                    | protocol::BACKEND_REQ
-                    | protocol::INFLIGHT_SHMFD;
+                let mut offered =
+                    protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG | protocol::BACKEND_REQ;
+                if script.tracks {
+                    offered |= protocol::INFLIGHT_SHMFD;
+                }
                 backend.reply_u64(code, offered).unwrap();
                 "protocol".to_owned()
             }
@@ -426,6 +429,27 @@ fn in_flight_memory_stays_until_the_driver_resets() {
     lab.set_up(FEATURES);
     lab.replace();
     assert_ne!(memory(lab.replace()), first);
+}
+
+#[test]
+fn in_flight_memory_is_not_believed_after_a_back_end_that_does_not_keep_it() {
+    let mut lab = Lab::started(PATIENCE);
+    let made = "make in-flight memory".to_owned();
+    lab.wait("the start", |driver| driver.status() == 15);
+    assert!(!lab.replace().contains(&made));
+    let old = lab.backend.take().unwrap();
+    lab.reconnect(&Script {
+        tracks: false,
+        ..Script::default()
+    });
+    old.join().unwrap();
+    lab.expect_back();
+    let asked = lab.replace();
+    assert!(
+        !asked.iter().any(|line| line.contains("flight")),
+        "{asked:?}"
+    );
+    assert!(lab.replace().contains(&made));
 }
 
 #[test]
