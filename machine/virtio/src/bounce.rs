@@ -15,7 +15,8 @@
 //!
 //! What a chain looks like stays as the guest has made it, buffer by buffer and direct or indirect;
 //! only the addresses differ. A chain waits until there is room for it. One that is larger than its
-//! queue's whole data area can never be carried out, and the device then needs a reset.
+//! queue's whole data area can never be carried out, and the device then needs a reset; what the driver is
+//! told of the device keeps it from making one ([`Bounds`]).
 //!
 //! The back end may be hostile. Nothing in the region is believed: which chains are in flight, where
 //! their buffers are and how long they are is kept here; the used ring's entries are read once
@@ -27,6 +28,7 @@
 //! All of this outlives the back end: one that takes over for another finds region, rings and
 //! eventfds as they were. If it does not track what is in flight, the shadow rings begin anew with that.
 
+mod bounds;
 mod chain;
 mod memory;
 mod queue;
@@ -44,15 +46,12 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::ram::GuestRam;
-use crate::session::Connected;
 use crate::transport::QUEUE_SIZE;
 use crate::work::Start;
+pub(crate) use bounds::Bounds;
 use memory::{BASE, Memory, PAGE, Region};
 use queue::{Queue, Rings};
 
-/// Features that a bounced device cannot have: with VIRTIO_F_IN_ORDER a back end returns several chains
-/// by one entry of the used ring.
-const NOT_OFFERED: u64 = 1 << 35;
 /// Least room for data that a queue can do with.
 const DATA_LEAST: u64 = 64 << 10;
 /// Milliseconds without an event after which memory of the region is given back.
@@ -64,6 +63,7 @@ const TURNS_TO_RESUME: usize = 8;
 /// virtio device types that have rules of their own (virtio 1.2, section 5).
 const BLOCK: u16 = 2;
 const BALLOON: u16 = 5;
+const SCSI: u16 = 8;
 /// Features of virtio-balloon that decide on its queues (5.5.3).
 const BALLOON_F_STATS_VQ: u64 = 1 << 1;
 const BALLOON_F_FREE_PAGE_HINT: u64 = 1 << 3;
@@ -115,15 +115,12 @@ fn contents(device_type: u16, queue: u16, features: u64) -> Contents {
     match device_type {
         BLOCK => Contents::Status,
         BALLOON => {
-            let count = |feature| u16::from(features & feature != 0);
             // A driver numbers only the queues of features that it has accepted.
-            let reporting = 2 + count(BALLOON_F_STATS_VQ) + count(BALLOON_F_FREE_PAGE_HINT);
-            // Reported pages that must keep a pattern are not freed.
-            let frees = features & (BALLOON_F_PAGE_REPORTING | BALLOON_F_PAGE_POISON)
-                == BALLOON_F_PAGE_REPORTING;
+            let reporting = 2 + u16::from(features & BALLOON_F_STATS_VQ != 0);
+            let reports = features & BALLOON_F_PAGE_REPORTING != 0;
             match queue {
                 0 => Contents::PageNumbers,
-                _ if queue == reporting && frees => Contents::Named,
+                _ if queue == reporting && reports => Contents::Named,
                 _ => Contents::Data,
             }
         }
@@ -182,11 +179,19 @@ impl Bounce {
         })
     }
 
-    /// Takes out of a back end's offer what it cannot have with a bounce before it.
-    pub(crate) fn withhold(bounce: Option<&Self>, offer: &mut Connected) {
-        if bounce.is_some() {
-            offer.features &= !NOT_OFFERED;
+    /// What a device can offer with this before its back end.
+    pub(crate) fn bounds(&self) -> Bounds {
+        // As if all queues were in use, and with the largest rings.
+        let share = self.share(self.events.len());
+        Bounds {
+            device_type: self.device_type,
+            room: share - Rings::length(QUEUE_SIZE),
         }
+    }
+
+    /// The part of the region that each of so many queues has.
+    fn share(&self, queues: usize) -> u64 {
+        (self.region.size / queues.max(1) as u64) & !(PAGE - 1)
     }
 
     /// The memory table for the back end.
@@ -202,8 +207,7 @@ impl Bounce {
             let events = self.events.get(usize::from(queue.index))?;
             Some((queue, events))
         });
-        let count = shadows.clone().count() as u64;
-        let share = (self.region.size / count.max(1)) & !(PAGE - 1);
+        let share = self.share(shadows.clone().count());
         let queues = shadows.enumerate().map(|(i, (queue, events))| {
             let contents = contents(self.device_type, queue.index, start.features);
             let area = (BASE + i as u64 * share, share);

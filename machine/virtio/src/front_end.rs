@@ -64,8 +64,8 @@ impl FrontEnd {
         limits: Limits,
         bounce: Option<Bounce>,
     ) -> Result<(Self, Connected), Error> {
-        let (session, mut connected) = Session::open(socket, &limits)?;
-        Bounce::withhold(bounce.as_ref(), &mut connected);
+        let bounds = bounce.as_ref().map(Bounce::bounds);
+        let (session, connected) = Session::open(socket, &limits, bounds)?;
         let front_end = Self {
             limits,
             session,
@@ -315,8 +315,8 @@ impl Thread<'_> {
             // Nobody is left that could touch the queues.
             self.reset_done();
         }
-        let (session, mut connected) = Session::open(reconnect.socket, &self.limits)?;
-        Bounce::withhold(self.bounce.as_ref(), &mut connected);
+        let bounds = self.bounce.as_ref().map(Bounce::bounds);
+        let (session, connected) = Session::open(reconnect.socket, &self.limits, bounds)?;
         let tracked = session.tracks() && self.inflight.is_some();
         if !tracked {
             // What an earlier one was doing is nothing to go by for a later one.

@@ -13,6 +13,7 @@ use anemone_vhost_user::{
 };
 use thiserror::Error;
 
+use crate::bounce::Bounds;
 use crate::ram::GuestRam;
 use crate::transport::VirtioPci;
 use crate::work::{Start, StartQueue};
@@ -96,13 +97,21 @@ pub(crate) struct Session {
     requests: Option<BackendRequestReceiver>,
     protocol: u64,
     config_size: u16,
+    /// Features of the back end.
+    features: u64,
+    /// What it can offer where it does not see guest memory.
+    bounds: Option<Bounds>,
     /// Queues that the back end has.
     running: Vec<u16>,
 }
 
 impl Session {
-    /// Starts the conversation.
-    pub fn open(socket: UnixStream, limits: &Limits) -> Result<(Self, Connected), Error> {
+    /// Starts the conversation. What the back end offers is kept within `bounds`, if there are any.
+    pub fn open(
+        socket: UnixStream,
+        limits: &Limits,
+        bounds: Option<Bounds>,
+    ) -> Result<(Self, Connected), Error> {
         let mut connection = Frontend::new(socket, limits.patience);
         connection.set_owner()?;
         let features = connection.features()?;
@@ -120,15 +129,10 @@ impl Session {
         } else {
             limits.queues
         };
-        let config = if limits.config_size == 0 {
-            Vec::new()
-        } else if protocol & protocol::CONFIG == 0 && limits.config_optional {
-            vec![0; limits.config_size.into()]
-        } else if protocol & protocol::CONFIG == 0 {
+        let has_config = limits.config_size > 0 && protocol & protocol::CONFIG != 0;
+        if !has_config && limits.config_size > 0 && !limits.config_optional {
             return Err(Error::Lacks("VHOST_USER_PROTOCOL_F_CONFIG"));
-        } else {
-            connection.config(0, limits.config_size.into())?
-        };
+        }
         let requests = if protocol & protocol::BACKEND_REQ != 0 {
             let os = |source| Error::Os {
                 what: "socketpair",
@@ -140,15 +144,22 @@ impl Session {
         } else {
             None
         };
-        let session = Self {
+        let mut session = Self {
             connection,
             requests,
             protocol,
             config_size: limits.config_size,
+            features,
+            bounds,
             running: Vec::new(),
         };
+        let config = match has_config {
+            true => session.config()?,
+            false => vec![0; limits.config_size.into()],
+        };
+        let offered = bounds.map_or(features, |bounds| bounds.features(features));
         let connected = Connected {
-            features: features & !limits.withheld,
+            features: offered & !limits.withheld,
             queues,
             config,
         };
@@ -205,9 +216,18 @@ impl Session {
 
     fn refresh_config(&mut self, device: &VirtioPci) -> Result<(), Error> {
         if self.config_size > 0 && self.protocol & protocol::CONFIG != 0 {
-            device.config_changed(&self.connection.config(0, self.config_size.into())?);
+            device.config_changed(&self.config()?);
         }
         Ok(())
+    }
+
+    /// The configuration as the driver sees it.
+    fn config(&mut self) -> Result<Vec<u8>, Error> {
+        let mut config = self.connection.config(0, self.config_size.into())?;
+        if let Some(bounds) = self.bounds {
+            bounds.limit(self.features, &mut config);
+        }
+        Ok(config)
     }
 
     /// Puts another interrupt behind a queue.
@@ -228,7 +248,8 @@ impl Session {
         inflight: &mut Option<Inflight>,
     ) -> Result<(), Error> {
         let connection = &mut self.connection;
-        connection.set_features(start.features | F_PROTOCOL_FEATURES)?;
+        let added = self.bounds.map_or(0, |bounds| bounds.added(self.features));
+        connection.set_features(start.features & !added | F_PROTOCOL_FEATURES)?;
         connection.set_mem_table(&ram.table())?;
         if self.tracks() {
             self.share_inflight(start, inflight)?;

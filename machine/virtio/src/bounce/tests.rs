@@ -699,8 +699,6 @@ fn balloon_pages_are_freed_when_the_back_end_has_agreed() {
         assert_eq!(free(&s, 504), expected);
         assert!(!free(&s, 505));
     }
-    let poison = BALLOON_F_PAGE_REPORTING | BALLOON_F_PAGE_POISON;
-    assert_eq!(contents(BALLOON, 2, poison), Contents::Data);
     let stats = BALLOON_F_PAGE_REPORTING | BALLOON_F_STATS_VQ;
     assert_eq!(contents(BALLOON, 2, stats), Contents::Data);
     assert_eq!(contents(BALLOON, 3, stats), Contents::Named);
@@ -906,6 +904,77 @@ fn memory_of_a_burst_is_given_back_when_it_is_quiet() {
     s.turn().unwrap();
     assert_eq!(s.bytes(buffers[0]), [8; 200_000]);
     assert_eq!(s.bytes(buffers[7]), [7; 200_000]);
+}
+
+/// The largest requests that a driver can make of a disk, in segments that fit badly.
+#[test]
+fn largest_request_that_a_disk_allows_fits() {
+    let regions = [
+        (1 << 20, 126),
+        (3 << 20, 254),
+        (3 << 20, 5),
+        (600 << 10, 1000),
+    ];
+    for ((region, told), odd) in regions.into_iter().flat_map(|r| [(r, 0), (r, 1), (r, 513)]) {
+        let mut s = Setup::new(BLOCK, F_INDIRECT_DESC, region);
+        // All queues are in use.
+        let others = [1, 2].map(|_| driver::Queue::new(&s.memory, QUEUE, false).unwrap());
+        s.shadow = s.bounce.start(&Start {
+            features: s.features,
+            queues: (0..)
+                .zip([&s.guest, &others[0], &others[1]])
+                .map(|(i, q)| start_queue(i, q))
+                .collect(),
+        });
+        let mut config = [0u8; 60];
+        config[12..16].copy_from_slice(&u32::to_le_bytes(told));
+        s.bounce.bounds().limit(1 << 2, &mut config);
+        let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+        let (size, segments) = (field(8), field(12));
+        assert!(
+            size >= 4096 && (1..=told).contains(&segments),
+            "{size} {segments}"
+        );
+        let data = s.memory.alloc(size.into(), 1);
+        let (header, status) = (s.buffer(16), s.buffer(1));
+        let lengths = (0..segments).map(|n| if n % 2 == 0 { size } else { size - odd });
+        let buffers = [(header.addr, 16, 0)]
+            .into_iter()
+            .chain(lengths.map(|len| (data, len, WRITE)))
+            .chain([(status.addr, 1, WRITE)]);
+        let count = segments as usize + 2;
+        let table = s.memory.alloc(16 * count as u64, 16);
+        for (i, (address, length, flags)) in buffers.enumerate() {
+            let (flags, next) = match i + 1 < count {
+                true => (flags | NEXT, i as u16 + 1),
+                false => (flags, 0),
+            };
+            let descriptor = Descriptor {
+                address,
+                length,
+                flags,
+                next,
+            };
+            s.memory.write(table + 16 * i as u64, &descriptor.bytes());
+        }
+        s.guest.write_descriptor(
+            0,
+            &driver::Descriptor {
+                addr: table,
+                len: 16 * count as u32,
+                flags: INDIRECT,
+                next: 0,
+            },
+        );
+        s.guest.offer_raw(0);
+        s.turn().unwrap();
+        let mut back_end = s.back_end();
+        let request = back_end.pop().expect("the request");
+        assert_eq!(request.2.len(), segments as usize + 1);
+        back_end.push_length(request.0, 1);
+        s.turn().unwrap();
+        assert_eq!(s.guest.used_index(), 1);
+    }
 }
 
 #[test]

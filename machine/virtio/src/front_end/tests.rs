@@ -14,6 +14,7 @@ use anemone_vhost_user::{Backend, Command, InflightDescription};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::bounce::Bounds;
 use crate::transport::tests::{Driver, FEATURES};
 
 /// Longest wait of a test for what must come.
@@ -39,7 +40,7 @@ enum End {
 struct Script {
     features: u64,
     queues: u64,
-    config: [u8; 8],
+    config: [u8; 16],
     /// It tracks what is in flight.
     tracks: bool,
     /// Instead of answering the request of this number, from 0.
@@ -51,7 +52,7 @@ impl Default for Script {
         Self {
             features: FEATURES,
             queues: 2,
-            config: [1, 2, 3, 4, 5, 6, 7, 8],
+            config: [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0],
             tracks: true,
             end: None,
         }
@@ -198,17 +199,21 @@ fn spawn(script: &Script) -> (UnixStream, JoinHandle<Vec<String>>) {
     (ours, thread::spawn(move || play(theirs, &script)))
 }
 
+fn limits(config_size: u16, patience: Duration) -> Limits {
+    Limits {
+        queues: 2,
+        config_size,
+        config_optional: false,
+        withheld: 0,
+        patience,
+    }
+}
+
 impl Lab {
     fn new(script: &Script, patience: Duration) -> Self {
         let driver = Arc::new(Driver::new());
         let (socket, backend) = spawn(script);
-        let limits = Limits {
-            queues: 2,
-            config_size: 8,
-            config_optional: false,
-            withheld: 0,
-            patience,
-        };
+        let limits = limits(8, patience);
         let (front_end, _) = FrontEnd::connect(socket, limits, None).unwrap();
         let (tell, notices) = channel();
         let device = driver.clone();
@@ -337,6 +342,39 @@ fn the_next_back_end_gets_everything() {
     .map(position);
     assert!(order.is_sorted(), "{asked:?}");
     assert!(!asked.contains(&"make in-flight memory".to_owned()));
+}
+
+#[test]
+fn a_bounced_disk_says_how_large_its_requests_may_be() {
+    const SIZE_MAX: u64 = 1 << 1;
+    let mut script = Script {
+        features: FEATURES | 1 << 2 | 1 << 35,
+        ..Script::default()
+    };
+    script.config[12] = 10;
+    let (socket, backend) = spawn(&script);
+    let bounds = Bounds {
+        device_type: 2,
+        room: 1 << 20,
+    };
+    let limits = limits(16, PATIENCE);
+    let (mut session, connected) = Session::open(socket, &limits, Some(bounds)).unwrap();
+    assert_eq!(connected.config[..8], [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(connected.config[8..], [0, 0x90, 1, 0, 10, 0, 0, 0]);
+    let offered = FEATURES | 1 << 2 | F_PROTOCOL_FEATURES;
+    assert_eq!(connected.features, offered | SIZE_MAX);
+    // The limit is between the driver and this process.
+    let driver = Driver::new();
+    let start = Start {
+        features: connected.features,
+        queues: Vec::new(),
+    };
+    session
+        .start(&start, &driver.ram, Base::First, &mut None)
+        .unwrap();
+    drop(session);
+    let asked = backend.join().unwrap();
+    assert!(asked.contains(&format!("accept {offered:#x}")), "{asked:?}");
 }
 
 #[test]
@@ -508,7 +546,7 @@ fn configuration_is_read_again_and_written_late() {
     lab.expect_lost();
     let generation = lab.driver.read::<1>(21);
     lab.reconnect(&Script {
-        config: [9; 8],
+        config: [9; 16],
         ..Script::default()
     });
     lab.expect_back();
