@@ -17,6 +17,7 @@ use crate::work::StartQueue;
 
 const RAM: u64 = 8 << 20;
 const QUEUE: u16 = 16;
+const NET: u16 = 1;
 const CONSOLE: u16 = 3;
 /// What nobody has written.
 const UNTOUCHED: u8 = 0xEE;
@@ -372,6 +373,41 @@ fn chains_wait_for_room_and_go_on_in_order() {
         "{error}"
     );
     assert_eq!(s.bounce.poll_entries().count(), 0);
+}
+
+/// A packet in several buffers would be cut off for a driver that sees some of them.
+#[test]
+fn chains_that_are_returned_together_appear_together() {
+    const LENGTH: u32 = 400_000;
+    for features in [0, F_EVENT_IDX] {
+        let mut s = Setup::new(NET, features, 24 << 20);
+        let buffers: Vec<_> = (0..QUEUE).map(|_| s.buffer(LENGTH)).collect();
+        for buffer in &buffers {
+            s.guest.add(&[], &[*buffer]).unwrap();
+        }
+        s.publish();
+        s.turn().unwrap();
+        s.turn().unwrap();
+        s.guest.set_used_event(0);
+        let mut back_end = s.back_end();
+        let requests = std::iter::from_fn(|| back_end.pop());
+        let heads: Vec<_> = requests.map(|r| (r.0.into(), LENGTH)).collect();
+        assert_eq!(heads.len(), usize::from(QUEUE));
+        s.forge(&heads, QUEUE);
+        s.shadow.queues[0].call.signal();
+        let mut seen = Vec::new();
+        while seen.last() != Some(&QUEUE) {
+            s.turn().unwrap();
+            seen.push(s.guest.used_index());
+            assert!(seen.len() < 5, "{seen:?}");
+        }
+        // More than is copied in one go.
+        assert!(
+            seen.len() > 1 && seen.iter().all(|n| *n == 0 || *n == QUEUE),
+            "{seen:?}"
+        );
+        assert!(s.guest.take_interrupt());
+    }
 }
 
 #[test]
