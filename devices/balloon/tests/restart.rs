@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use anemone_driver::balloon::{PAGE, fill, present, sizes};
-use anemone_driver::{Buffer, Kills, Options, Replaceable};
+use anemone_driver::{Bounced, Buffer, Kills, Options, Replaceable};
 use anemone_ipc::device::ToDevice;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_anemone-balloon");
@@ -35,8 +35,18 @@ enum State {
 
 #[test]
 fn pages_go_and_come_and_none_is_freed_that_is_used() {
+    pages_go_and_come(None);
+}
+
+#[test]
+fn pages_go_and_come_with_a_bounce() {
+    pages_go_and_come(Some(Bounced::usual(5, 4)));
+}
+
+fn pages_go_and_come(bounce: Option<Bounced>) {
     let options = Options {
         queues: 4,
+        bounce,
         ..Options::default()
     };
     let args = ["--reporting", "--target", "4096"];
@@ -54,7 +64,7 @@ fn pages_go_and_come_and_none_is_freed_that_is_used() {
         len: 10,
     };
     device.device.queues[STATS].add(&[statistics], &[]).unwrap();
-    let mut kills = Kills::new(KILLS, Duration::from_millis(6));
+    let mut kills = Kills::new(options.kills(KILLS), Duration::from_millis(6));
     while !kills.done() || chains.iter().any(|chains| !chains.is_empty()) {
         for (group, state) in states.iter_mut().enumerate() {
             if kills.done() {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use anemone_driver::blk::{Requests, request, status};
-use anemone_driver::{Kills, Options, Random, Replaceable};
+use anemone_driver::{Bounced, Kills, Options, Random, Replaceable};
 use common::{BINARY, Image, SECTOR};
 
 const BLOCK: usize = 4096;
@@ -86,12 +86,13 @@ impl Load {
     }
 }
 
-fn survives(io: &str) {
+fn survives(io: &str, bounce: Option<Bounced>) {
     let image = Image::new(BLOCK * BLOCKS);
     image.file.set_len(0).unwrap();
     image.file.set_len((BLOCK * BLOCKS) as u64).unwrap();
     let options = Options {
         queues: QUEUES,
+        bounce,
         ..Options::default()
     };
     let args = ["--image-fd", "5", "--io", io, "--queues", "2"];
@@ -108,7 +109,7 @@ fn survives(io: &str) {
         last_version: 0,
         done: 0,
     };
-    let mut kills = Kills::new(KILLS, Duration::from_millis(6));
+    let mut kills = Kills::new(options.kills(KILLS), Duration::from_millis(6));
     while !kills.done() || jobs.iter().any(|jobs| !jobs.is_empty()) {
         for (queue, (requests, jobs)) in
             (device.device.queues.iter_mut()).zip(requests.iter_mut().zip(&mut jobs))
@@ -164,12 +165,22 @@ fn survives(io: &str) {
 
 #[test]
 fn no_write_is_lost_or_repeated_with_io_uring() {
-    survives("uring");
+    survives("uring", None);
+}
+
+/// The region has room for fewer requests than there are, so that some wait.
+#[test]
+fn no_write_is_lost_or_repeated_with_a_bounce() {
+    let bounce = Bounced {
+        device_type: 2,
+        region: u64::from(QUEUES) * (72 << 10),
+    };
+    survives("uring", Some(bounce));
 }
 
 #[test]
 fn no_write_is_lost_or_repeated_without_io_uring() {
-    survives("sync");
+    survives("sync", None);
 }
 
 /// A driver that has chosen write-through relies on it without a flush.

@@ -11,7 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use anemone_driver::{Buffer, Kills, Random, Replaceable, Supervised};
+use anemone_driver::{Bounced, Buffer, Kills, Options, Random, Replaceable, Supervised};
 use common::{BINARY, LONG, options};
 
 const RECEIVEQ: usize = 0;
@@ -123,20 +123,32 @@ impl Client {
 
 #[test]
 fn every_byte_of_both_directions_arrives_once() {
+    both_directions(&options());
+}
+
+#[test]
+fn every_byte_of_both_directions_arrives_once_with_a_bounce() {
+    both_directions(&Options {
+        bounce: Some(Bounced::usual(3, 2)),
+        ..options()
+    });
+}
+
+fn both_directions(options: &Options) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("console");
     let listener = UnixListener::bind(&path).unwrap();
     let socket = UnixStream::connect(&path).unwrap();
     socket.set_nonblocking(true).unwrap();
     let args = ["--unix-fd", "5"];
-    let mut device = Replaceable::start(BINARY, &args, vec![listener.into()], &options()).unwrap();
+    let mut device = Replaceable::start(BINARY, &args, vec![listener.into()], options).unwrap();
     let mut guest = Guest::new(&device);
     let mut client = Client {
         socket,
         said: 0,
         heard: 0,
     };
-    let mut kills = Kills::new(KILLS, Duration::from_millis(4));
+    let mut kills = Kills::new(options.kills(KILLS), Duration::from_millis(4));
     // The client has been accepted when the guest hears it.
     while guest.heard == 0 {
         guest.offer(&mut device, kills.random(), false);

@@ -9,9 +9,15 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{DirEntryExt, FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::time::Duration;
 
-use anemone_driver::fs::{Args, Attr, Entry, ROOT, op, read_args, set};
+use anemone_driver::fs::{
+    Args, Attr, Call, Entry, Mount, ROOT, Requests, op, read_args, set, write_call,
+};
+use anemone_driver::{Bounced, Options};
 use common::Shared;
+
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn same(attr: &Attr, path: &std::path::Path) {
     let host = fs::symlink_metadata(path).unwrap();
@@ -770,4 +776,63 @@ fn a_share_for_reading_is_not_changed() {
     let mut text = String::new();
     File::open(path).unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "text");
+}
+
+/// More of the largest requests at once than the region has room for.
+#[test]
+fn largest_requests_pass_with_a_bounce() {
+    const LARGEST: u32 = 1 << 20;
+    const COUNT: usize = 12;
+    let mut shared = Shared::with(&Options {
+        memory: 64 << 20,
+        bounce: Some(Bounced::usual(26, 2)),
+        ..common::options()
+    });
+    let memory = shared.device.memory.clone();
+    let queue = &mut shared.device.queues[common::QUEUE];
+    let mut mount = Mount::new(&memory, queue, 4096).unwrap();
+    let flags = libc::O_RDWR | libc::O_CREAT;
+    let (entry, fh) = mount.create(ROOT, "file", flags, 0o600).unwrap();
+    let nodeid = entry.nodeid;
+    let content = |number: usize| -> Vec<u8> {
+        let word = |i: u32| (i ^ (number as u32) << 20).to_le_bytes();
+        (0..LARGEST / 4).flat_map(word).collect()
+    };
+    let offset = |number: usize| number as u64 * u64::from(LARGEST);
+    let mut requests = Requests::new(&memory, queue.size(), COUNT, LARGEST);
+    for writes in [true, false] {
+        let mut numbers = [0; COUNT];
+        for number in 0..COUNT {
+            let call = match writes {
+                true => write_call(nodeid, fh, offset(number), LARGEST, 0),
+                false => Call {
+                    opcode: op::READ,
+                    nodeid,
+                    args: read_args(fh, offset(number), LARGEST).done(),
+                    data: 0,
+                    room: Some(LARGEST),
+                },
+            };
+            let slot = requests.next_slot().unwrap();
+            if writes {
+                memory.write(requests.data(slot), &content(number));
+            }
+            assert_eq!(requests.submit(&memory, queue, &call), Some(slot));
+            numbers[slot] = number;
+        }
+        queue.publish();
+        queue.kick();
+        while requests.in_flight() > 0 {
+            assert!(queue.wait(PATIENCE).unwrap(), "a request is lost");
+            while let Some(finished) = requests.finish(&memory, queue) {
+                let reply = finished.reply.unwrap().unwrap();
+                match writes {
+                    true => assert_eq!(reply[..4], LARGEST.to_ne_bytes()),
+                    false => assert!(reply == content(numbers[finished.slot])),
+                }
+            }
+        }
+    }
+    let all: Vec<u8> = (0..COUNT).flat_map(content).collect();
+    assert!(fs::read(shared.path("file")).unwrap() == all);
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use anemone_driver::fs::{
     Args, Call, Entry, Mount, ROOT, Requests, dirents, op, read_args, write_call,
 };
-use anemone_driver::{Kills, Memory, Options, Random, Replaceable};
+use anemone_driver::{Bounced, Kills, Memory, Options, Random, Replaceable};
 use common::{BINARY, QUEUE};
 
 const KILLS: usize = 200;
@@ -383,9 +383,20 @@ fn start(folder: &std::path::Path, options: &Options) -> Replaceable {
 
 #[test]
 fn nothing_is_lost_or_done_twice() {
+    everything_once(&common::options());
+}
+
+#[test]
+fn nothing_is_lost_or_done_twice_with_a_bounce() {
+    everything_once(&Options {
+        bounce: Some(Bounced::usual(26, 2)),
+        ..common::options()
+    });
+}
+
+fn everything_once(options: &Options) {
     let folder = tempfile::tempdir().unwrap();
-    let options = common::options();
-    let mut device = start(folder.path(), &options);
+    let mut device = start(folder.path(), options);
     let memory = device.device.memory.clone();
     let mut users = Vec::new();
     {
@@ -402,7 +413,7 @@ fn nothing_is_lost_or_done_twice() {
     let mut queues = [4096, MOST].map(|data| Requests::new(&memory, 128, USERS, data));
     // The user who waits for each slot.
     let mut waiting = [[None; USERS]; 2];
-    let mut kills = Kills::new(KILLS, Duration::from_millis(6));
+    let mut kills = Kills::new(options.kills(KILLS), Duration::from_millis(6));
     let mut done = 0;
     while !kills.done() || waiting.iter().flatten().any(Option::is_some) {
         let idle = users
@@ -443,21 +454,24 @@ fn nothing_is_lost_or_done_twice() {
     }
     kills.report("anemone-fs");
     let files = || users.iter().flat_map(|user| &user.files);
-    let open = files().filter(|file| file.fh != 0).count();
+    let open: Vec<_> = files().filter(|file| file.fh != 0).collect();
     println!(
-        "{done} requests, {open} of {} files are open",
+        "{done} requests, {} of {} files are open",
+        open.len(),
         files().count()
     );
     // One more, and what was open is open; forgotten nodes and closed handles take no room.
     device.replace().unwrap();
-    {
+    for some in open.chunks(100) {
         let queue = &mut device.device.queues[QUEUE];
         let mut mount = Mount::unmounted(&memory, queue, MOST);
-        for file in files().filter(|file| file.fh != 0) {
+        for file in some {
             let read = mount.read(file.nodeid, file.fh, 0, MOST).unwrap();
             assert!(read == file.content);
             mount.release(file.nodeid, file.fh).unwrap();
         }
+        // The process waits when nobody hears what it has to say.
+        device.serve().unwrap();
     }
     let kept = device.kept().unwrap().len();
     println!("{kept} descriptors are kept when all files are closed");

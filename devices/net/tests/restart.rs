@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anemone_driver::net::{Receiver, Sender};
-use anemone_driver::{Kills, Options, Replaceable};
+use anemone_driver::{Bounced, Kills, Options, Replaceable};
 use anemone_ipc::keeper::{FromKeeper, ToKeeper};
 use anemone_ipc::{Channel, FdIndex};
 use common::{BINARY, LONG, OTHER, OWN, PLAIN, frame};
@@ -96,11 +96,11 @@ fn keep(keeper: &Channel, counts: &Arc<Counts>) {
 }
 
 /// Moves frames both ways until the last kill has been survived: frames still pass after it.
-fn load(device: &mut Replaceable, counts: &Counts, what: &str) {
+fn load(device: &mut Replaceable, counts: &Counts, kills: usize, what: &str) {
     let memory = device.device.memory.clone();
     let mut rx = Receiver::new(&memory, QUEUE, QUEUE.into(), 2048);
     let mut tx = Sender::new(&memory, QUEUE, 64, 4096);
-    let mut kills = Kills::new(KILLS, Duration::from_millis(5));
+    let mut kills = Kills::new(kills, Duration::from_millis(5));
     let (mut received, mut number) = (0u64, 0u32);
     let mut goals = None;
     let mut end = Instant::now();
@@ -138,30 +138,52 @@ fn load(device: &mut Replaceable, counts: &Counts, what: &str) {
     println!("{received} frames received, {number} sent, {connections} connections");
 }
 
-#[test]
-fn a_stream_is_never_out_of_step() {
+fn options(bounce: Option<Bounced>) -> Options {
+    Options {
+        queues: 2,
+        queue_size: QUEUE,
+        bounce,
+        ..Options::default()
+    }
+}
+
+fn stream_stays_in_step(options: &Options) {
     let (keeper, far) = anemone_ipc::pair().unwrap();
     let counts = Arc::new(Counts::default());
     let thread = {
         let counts = Arc::clone(&counts);
         thread::spawn(move || keep(&keeper, &counts))
     };
-    let options = Options {
-        queues: 2,
-        queue_size: QUEUE,
-        memory: 16 << 20,
-        ..Options::default()
-    };
     let args = ["--keeper-fd", "5"];
-    let mut device = Replaceable::start(BINARY, &args, vec![far.into_fd()], &options).unwrap();
-    load(&mut device, &counts, "net, stream");
-    assert!(counts.connections.load(Ordering::Relaxed) > KILLS as u64 / 2);
+    let mut device = Replaceable::start(BINARY, &args, vec![far.into_fd()], options).unwrap();
+    let kills = options.kills(KILLS);
+    load(&mut device, &counts, kills, "net, stream");
+    assert!(counts.connections.load(Ordering::Relaxed) > kills as u64 / 2);
     drop(device);
     thread.join().unwrap();
 }
 
 #[test]
+fn a_stream_is_never_out_of_step() {
+    stream_stays_in_step(&options(None));
+}
+
+#[test]
+fn a_stream_is_never_out_of_step_with_a_bounce() {
+    stream_stays_in_step(&options(Some(Bounced::usual(1, 2))));
+}
+
+#[test]
 fn packets_stay_whole() {
+    keeps_packets_whole(&options(None));
+}
+
+#[test]
+fn packets_stay_whole_with_a_bounce() {
+    keeps_packets_whole(&options(Some(Bounced::usual(1, 2))));
+}
+
+fn keeps_packets_whole(options: &Options) {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_millis(100)))
         .unwrap();
@@ -189,15 +211,9 @@ fn packets_stay_whole() {
             }
         })
     });
-    let options = Options {
-        queues: 2,
-        queue_size: QUEUE,
-        memory: 16 << 20,
-        ..Options::default()
-    };
     let args = ["--socket-fd", "5", "--mtu", "4000"];
-    let mut device = Replaceable::start(BINARY, &args, vec![theirs.into()], &options).unwrap();
-    load(&mut device, &counts, "net, packets");
+    let mut device = Replaceable::start(BINARY, &args, vec![theirs.into()], options).unwrap();
+    load(&mut device, &counts, options.kills(KILLS), "net, packets");
     stop.store(1, Ordering::Relaxed);
     for thread in threads {
         thread.join().unwrap();

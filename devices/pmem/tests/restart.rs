@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anemone_driver::pmem::{FLUSH, Requests};
-use anemone_driver::{Kills, Options, Replaceable};
+use anemone_driver::{Bounced, Kills, Options, Replaceable};
 use common::{BINARY, Backing, SIZE};
 
 const KILLS: usize = 200;
@@ -21,10 +21,22 @@ const LENGTH: u64 = 4096;
 
 #[test]
 fn no_flush_is_acknowledged_that_has_not_happened() {
+    flushes(&Options::default());
+}
+
+#[test]
+fn no_flush_is_acknowledged_that_has_not_happened_with_a_bounce() {
+    flushes(&Options {
+        bounce: Some(Bounced::usual(27, 1)),
+        ..Options::default()
+    });
+}
+
+fn flushes(options: &Options) {
     let backing = Backing::new();
     let fds = vec![backing.file().try_clone().unwrap().into()];
     let args = ["--file-fd", "5"];
-    let mut device = Replaceable::start(BINARY, &args, fds, &Options::default()).unwrap();
+    let mut device = Replaceable::start(BINARY, &args, fds, options).unwrap();
     let memory = device.device.memory.clone();
     let size = device.device.queues[0].size();
     let mut requests = Requests::new(&memory, size, true);
@@ -32,7 +44,7 @@ fn no_flush_is_acknowledged_that_has_not_happened() {
     let mut parts: HashMap<u16, u64> = HashMap::new();
     let mut free: Vec<u64> = (0..PARTS).collect();
     let mut flushed = 0;
-    let mut kills = Kills::new(KILLS, Duration::from_millis(6));
+    let mut kills = Kills::new(options.kills(KILLS), Duration::from_millis(6));
     while !kills.done() || !parts.is_empty() {
         let queue = &mut device.device.queues[0];
         while let (false, Some(part)) = (kills.done(), free.pop()) {

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anemone_driver::{Buffer, Device, Kills, Options, Random, Replaceable, features};
+use anemone_driver::{Bounced, Buffer, Device, Kills, Options, Random, Replaceable, features};
 use anemone_vhost_user::Frontend;
 use anemone_vhost_user::message::{F_PROTOCOL_FEATURES, protocol_features};
 
@@ -21,7 +21,11 @@ const LONG: Duration = Duration::from_secs(20);
 const SLOT: u64 = 4096;
 
 fn start() -> Replaceable {
-    Replaceable::start(BINARY, &[], Vec::new(), &Options::default()).unwrap()
+    start_with(&Options::default())
+}
+
+fn start_with(options: &Options) -> Replaceable {
+    Replaceable::start(BINARY, &[], Vec::new(), options).unwrap()
 }
 
 /// Buffers on their way to be filled, each in a slot of its own.
@@ -89,9 +93,21 @@ impl Load {
 
 #[test]
 fn every_buffer_is_filled_and_returned_once() {
-    let mut device = start();
+    fills_every_buffer(&Options::default());
+}
+
+#[test]
+fn every_buffer_is_filled_and_returned_once_with_a_bounce() {
+    fills_every_buffer(&Options {
+        bounce: Some(Bounced::usual(4, 1)),
+        ..Options::default()
+    });
+}
+
+fn fills_every_buffer(options: &Options) {
+    let mut device = start_with(options);
     let mut load = Load::new(&device.device);
-    let mut kills = Kills::new(200, Duration::from_millis(4));
+    let mut kills = Kills::new(options.kills(200), Duration::from_millis(4));
     while !kills.done() {
         load.offer(&mut device.device, 40, kills.random());
         kills.strike(&mut device).unwrap();

@@ -16,7 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anemone_driver::vsock::{Guest, op, queue, shutdown};
-use anemone_driver::{Buffer, Kills, Replaceable};
+use anemone_driver::{Bounced, Buffer, Kills, Options, Replaceable};
 use common::{CID, PATIENCE, read_line};
 
 /// Where a server of the host echoes, and where the guest does.
@@ -60,7 +60,7 @@ struct Setup {
     _folder: tempfile::TempDir,
 }
 
-fn start() -> Setup {
+fn start(options: &Options) -> Setup {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("v");
     let listener = UnixListener::bind(&path).unwrap();
@@ -68,7 +68,7 @@ fn start() -> Setup {
         env!("CARGO_BIN_EXE_anemone-vsock"),
         &["--cid", "52", "--listen-fd", "5"],
         vec![listener.into()],
-        &common::options(),
+        options,
     )
     .unwrap();
     device.dial_below(&path);
@@ -281,8 +281,20 @@ impl Job {
 
 #[test]
 fn no_byte_is_lost_or_doubled_and_no_connection_breaks() {
-    let mut setup = start();
-    let mut kills = Kills::new(KILLS, Duration::from_millis(12));
+    streams_go_on(&common::options());
+}
+
+#[test]
+fn no_byte_is_lost_or_doubled_with_a_bounce() {
+    streams_go_on(&Options {
+        bounce: Some(Bounced::usual(19, 3)),
+        ..common::options()
+    });
+}
+
+fn streams_go_on(options: &Options) {
+    let mut setup = start(options);
+    let mut kills = Kills::new(options.kills(KILLS), Duration::from_millis(12));
     setup.guest.listening.insert(GUEST_PORT);
     let stop = Arc::new(AtomicBool::new(false));
     let server = echo_server(setup.listen(HOST_PORT), Arc::clone(&stop));
@@ -369,7 +381,7 @@ fn no_byte_is_lost_or_doubled_and_no_connection_breaks() {
 
 #[test]
 fn idle_connections_by_the_hundred_outlive_the_process() {
-    let mut setup = start();
+    let mut setup = start(&common::options());
     let listener = setup.listen(HOST_PORT);
     let mut open: Vec<(usize, UnixStream)> = (0..400)
         .map(|_| {
@@ -402,7 +414,7 @@ fn idle_connections_by_the_hundred_outlive_the_process() {
 
 #[test]
 fn a_planned_restart_keeps_connections_too() {
-    let mut setup = start();
+    let mut setup = start(&common::options());
     let listener = setup.listen(HOST_PORT);
     let number = setup.guest.connect(HOST_PORT).unwrap();
     setup.run_until(|guest| guest.streams[number].open);
@@ -422,7 +434,7 @@ fn a_planned_restart_keeps_connections_too() {
 
 #[test]
 fn what_waits_for_a_slow_host_is_there_after_the_kill() {
-    let mut setup = start();
+    let mut setup = start(&common::options());
     let listener = setup.listen(HOST_PORT);
     let number = setup.guest.connect(HOST_PORT).unwrap();
     setup.run_until(|guest| guest.streams[number].open);

@@ -35,5 +35,5 @@ pub use value::{
     SinkType, Size, ValueError, Within,
 };
 pub use vhost_user::{DeviceType, VhostUser};
-pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm};
+pub use vm::{Backend, Device, Invalid, Kind, PMEM_UNIT, SerialPort, Sink, Vm, bounce_region};
 pub use vsock::{Cid, Vsock};

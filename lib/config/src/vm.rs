@@ -263,27 +263,33 @@ pub const PMEM_UNIT: u64 = 2 << 20;
 
 impl Device {
     /// Length in bytes of the region that a bounced back end sees in place of guest memory; 0 for a
-    /// shared one. Each queue has its part: its rings, and room for the data of requests. Of that,
-    /// only what is used takes memory.
+    /// shared one.
     pub fn bounce_region(&self) -> u64 {
-        const RINGS: u64 = 8 << 10;
-        let queues = u64::from(self.queues.max(1));
-        let data = match self.kind.device_type() {
-            // A request of Linux has up to 4 MiB.
-            2 => ((64 << 20) / queues).clamp(4 << 20, 16 << 20) & !0xFFF,
-            // Every receive buffer has at least a page, of a network packet up to 17.
-            1 => 4 << 20,
-            3 => 1 << 20,
-            19 => 2 << 20,
-            // Entropy, lists of pages, flushes.
-            4 | 5 | 27 => 256 << 10,
-            _ => 8 << 20,
-        };
         match self.memory {
             Exposure::Shared => 0,
-            Exposure::Bounce => queues * (RINGS + data),
+            Exposure::Bounce => bounce_region(self.kind.device_type(), self.queues),
         }
     }
+}
+
+/// Length in bytes of the bounce region of a device of this type with so many queues. Each queue has its
+/// part: its rings, and room for the data of requests. Of that, only what is used takes memory.
+pub fn bounce_region(device_type: u16, queues: u16) -> u64 {
+    const RINGS: u64 = 8 << 10;
+    let queues = u64::from(queues.max(1));
+    let data = match device_type {
+        // The VMM tells the guest how large requests may be.
+        2 => ((64 << 20) / queues).clamp(4 << 20, 16 << 20) & !0xFFF,
+        // Every receive buffer has at least a page, of a network packet up to 17.
+        1 => 4 << 20,
+        3 => 1 << 20,
+        19 => 2 << 20,
+        // Entropy, lists of pages, flushes.
+        4 | 5 | 27 => 256 << 10,
+        // Requests to a file system have up to 1 MiB.
+        _ => 8 << 20,
+    };
+    queues * (RINGS + data)
 }
 
 impl Kind {

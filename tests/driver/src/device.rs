@@ -8,6 +8,7 @@ use std::time::Duration;
 use anemone_vhost_user::message::{F_PROTOCOL_FEATURES, protocol_features};
 use anemone_vhost_user::{BackendRequestReceiver, Frontend};
 
+use crate::bounce::{Bounce, Bounced};
 use crate::{Memory, Queue, Result};
 
 /// virtio feature bits of the transport (virtio 1.3, 6).
@@ -35,10 +36,24 @@ pub struct Options {
     pub timeout: Duration,
     /// Whether the back end is given memory to track in what it has in flight, if it can.
     pub inflight: bool,
+    /// The back end does not see guest memory.
+    pub bounce: Option<Bounced>,
+}
+
+impl Options {
+    /// How often the process is to be killed, where `many` times are enough for a back end that sees
+    /// guest memory: most of what is looked for does not depend on that.
+    pub fn kills(&self, many: usize) -> usize {
+        match self.bounce {
+            None => many,
+            Some(_) => many / 4,
+        }
+    }
 }
 
 impl Default for Options {
-    /// 16 MiB of memory, one queue of 128 entries, all features, waits of 20 s, in-flight memory.
+    /// 16 MiB of memory that the back end sees, one queue of 128 entries, all features, waits of 20 s,
+    /// in-flight memory.
     fn default() -> Self {
         Self {
             memory: 16 << 20,
@@ -47,6 +62,7 @@ impl Default for Options {
             features: !0,
             timeout: Duration::from_secs(20),
             inflight: true,
+            bounce: None,
         }
     }
 }
@@ -66,6 +82,7 @@ pub struct Device {
     pub requests: Option<BackendRequestReceiver>,
     /// Memory in which the back end tracks what is in flight: file, length, offset.
     pub inflight: Option<(OwnedFd, u64, u64)>,
+    bounce: Option<Bounce>,
     queue_size: u16,
     timeout: Duration,
 }
@@ -83,11 +100,22 @@ impl Device {
             features: options.features,
             requests: None,
             inflight: None,
+            bounce: None,
             queue_size: options.queue_size,
             timeout: options.timeout,
         };
         let offered = device.negotiate()?;
-        device.frontend.set_mem_table(&[device.memory.region()])?;
+        for _ in 0..options.queues {
+            let event_idx = device.features & features::EVENT_IDX != 0;
+            let queue = Queue::new(&device.memory, options.queue_size, event_idx)?;
+            device.queues.push(queue);
+        }
+        if let Some(bounced) = options.bounce {
+            let features = device.features & !F_PROTOCOL_FEATURES;
+            let bounce = Bounce::new(bounced, features, &device.memory, &device.queues)?;
+            device.bounce = Some(bounce);
+        }
+        device.set_mem_table()?;
         if options.inflight && offered & protocol_features::INFLIGHT_SHMFD != 0 {
             let memory = device
                 .frontend
@@ -96,9 +124,6 @@ impl Device {
             device.set_inflight(options.queues)?;
         }
         for index in 0..options.queues {
-            let event_idx = device.features & features::EVENT_IDX != 0;
-            let queue = Queue::new(&device.memory, options.queue_size, event_idx)?;
-            device.queues.push(queue);
             device.start_queue(index, 0)?;
         }
         Ok(device)
@@ -113,11 +138,20 @@ impl Device {
     pub fn reconnect(&mut self, socket: UnixStream) -> Result<()> {
         self.frontend = Frontend::new(socket, self.timeout);
         self.negotiate()?;
-        self.frontend.set_mem_table(&[self.memory.region()])?;
+        if let Some(bounce) = &self.bounce {
+            bounce.resume(self.inflight.is_some())?;
+        }
+        self.set_mem_table()?;
         self.set_inflight(self.queues.len() as u16)?;
         for index in 0..self.queues.len() as u16 {
-            let base = self.queues[usize::from(index)].used_index();
+            let base = match &self.bounce {
+                Some(bounce) => bounce.used_index(index)?,
+                None => self.queues[usize::from(index)].used_index(),
+            };
             self.start_queue(index, base)?;
+            if let Some(bounce) = &self.bounce {
+                bounce.wake(index);
+            }
         }
         Ok(())
     }
@@ -145,6 +179,13 @@ impl Device {
         Ok(offered)
     }
 
+    fn set_mem_table(&mut self) -> Result<()> {
+        match &self.bounce {
+            Some(bounce) => bounce.set_mem_table(&mut self.frontend),
+            None => Ok(self.frontend.set_mem_table(&[self.memory.region()])?),
+        }
+    }
+
     fn set_inflight(&mut self, queues: u16) -> Result<()> {
         if let Some((fd, size, offset)) = &self.inflight {
             self.frontend
@@ -161,10 +202,15 @@ impl Device {
         let queue = &self.queues[usize::from(index)];
         let frontend = &mut self.frontend;
         frontend.set_vring_num(index, queue.size())?;
-        frontend.set_vring_addr(index, &queue.addresses())?;
         frontend.set_vring_base(index, base)?;
-        frontend.set_vring_kick(index, queue.kick_fd())?;
-        frontend.set_vring_call(index, queue.call_fd())?;
+        match &self.bounce {
+            Some(bounce) => bounce.set_vring(frontend, index)?,
+            None => {
+                frontend.set_vring_addr(index, &queue.addresses())?;
+                frontend.set_vring_kick(index, queue.kick_fd())?;
+                frontend.set_vring_call(index, queue.call_fd())?;
+            }
+        }
         frontend.set_vring_err(index, queue.err_fd())?;
         frontend.set_vring_enable(index, true)?;
         Ok(())

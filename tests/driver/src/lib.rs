@@ -24,12 +24,16 @@
 //! `ANEMONE_SEED=N` runs the same kills and the same load again; the moments are those of the host.
 //! `ANEMONE_KILLS=N` kills more often, or less.
 //!
+//! With [`Options::bounce`] the back end does not see guest memory: the VMM's code copies between
+//! it and a region, in a thread of its own.
+//!
 //! Guest memory is one region at guest address 0. Mistakes of the caller, such as an address
 //! outside it, panic.
 
 pub mod balloon;
 pub mod bench;
 pub mod blk;
+mod bounce;
 mod device;
 pub mod fs;
 mod memory;
@@ -41,6 +45,7 @@ mod replace;
 pub mod spy;
 pub mod vsock;
 
+pub use bounce::Bounced;
 pub use device::{Device, Options, features};
 pub use memory::Memory;
 pub use process::{Process, Supervised};

@@ -29,6 +29,15 @@ impl Shared {
 
     /// With a directory that was filled before.
     pub fn prepared(args: &[&str], prepare: impl FnOnce(&Path)) -> Self {
+        Self::set_up(args, prepare, &options())
+    }
+
+    /// With another set-up of the device.
+    pub fn with(options: &Options) -> Self {
+        Self::set_up(&[], |_| {}, options)
+    }
+
+    fn set_up(args: &[&str], prepare: impl FnOnce(&Path), options: &Options) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("share");
         fs::create_dir(&root).unwrap();
@@ -36,7 +45,7 @@ impl Shared {
         let root = root.to_str().unwrap();
         let args = [&["--tag", "test", "--directory", root], args].concat();
         let mut process = Process::start(BINARY, &args).unwrap();
-        let device = process.device(&options()).unwrap();
+        let device = process.device(options).unwrap();
         Self {
             process,
             device,

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::time::Duration;
 
 use anemone_driver::net::{Packet, Receiver, Sender};
-use anemone_driver::{Device, Options, Supervised};
+use anemone_driver::{Bounced, Device, Options, Supervised};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_anemone-net");
 pub const LONG: Duration = Duration::from_secs(20);
@@ -80,17 +80,31 @@ pub struct Card {
 impl Card {
     /// Sets the device up with one queue pair and receive buffers of this length.
     pub fn connect(process: &mut Supervised, features: u64, length: u32) -> Self {
+        Self::over(Self::socket(process), features, length)
+    }
+
+    fn socket(process: &mut Supervised) -> UnixStream {
         let socket = process.connection.take();
-        let socket = socket.unwrap_or_else(|| process.connect().unwrap());
-        Self::over(socket, features, length)
+        socket.unwrap_or_else(|| process.connect().unwrap())
     }
 
     pub fn over(socket: UnixStream, features: u64, length: u32) -> Self {
+        Self::with(socket, features, length, None)
+    }
+
+    /// The process does not see the driver's memory.
+    pub fn bounced(process: &mut Supervised, features: u64, length: u32) -> Self {
+        let bounce = Bounced::usual(1, 2);
+        Self::with(Self::socket(process), features, length, Some(bounce))
+    }
+
+    fn with(socket: UnixStream, features: u64, length: u32, bounce: Option<Bounced>) -> Self {
         let options = Options {
             queues: 2,
             queue_size: QUEUE,
             memory: 64 << 20,
             features,
+            bounce,
             ..Options::default()
         };
         let device = Device::connect(socket, &options).unwrap();
