@@ -14,24 +14,14 @@
 //! `--inflight off` keeps the server from tracking what is in flight.
 
 use std::error::Error;
-use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use anemone_accel_api::EventFd;
 use anemone_driver::blk::{Requests, request, status};
-use anemone_driver::{Device, Memory, Options, Queue, features};
-use anemone_vhost_user::{MemoryRegion, VringAddr};
-use anemone_virtio::{Bounce, Start, StartQueue};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use anemone_driver::{Bounced, Device, Options};
 
 /// The largest queue that every server takes.
 const QUEUE_SIZE: u16 = 128;
-/// The bounce region of a disk with one queue.
-const REGION: u64 = (16 << 20) + (8 << 10);
 /// virtio device type of a disk.
 const DISK: u16 = 2;
 
@@ -51,23 +41,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = Options {
         memory: (4 << 20) + 2 * load.depth as u64 * u64::from(load.block),
         queue_size: QUEUE_SIZE,
-        inflight: load.inflight && !load.bounce,
-        queues: u16::from(!load.bounce),
+        inflight: load.inflight,
+        bounce: load.bounce.then(|| Bounced::usual(DISK, 1)),
         ..Options::default()
     };
     let mut device = Device::connect(UnixStream::connect(&load.socket)?, &options)?;
-    let copying = if load.bounce {
-        Some(start_bounced(&mut device, load.inflight)?)
-    } else {
-        None
-    };
+    let copying = device.copying_thread();
     let cpu = || -> Result<f64, Box<dyn Error>> {
         let server = load
             .pid
             .map_or(Ok(0.0), |pid| cpu_seconds(&format!("/proc/{pid}/stat")))?;
-        let thread = copying
-            .as_ref()
-            .map(|c| format!("/proc/self/task/{}/stat", c.tid));
+        let thread = copying.map(|tid| format!("/proc/self/task/{tid}/stat"));
         Ok(server + thread.map_or(Ok(0.0), |path| cpu_seconds(&path))?)
     };
     let capacity = u64::from_le_bytes(device.frontend.config(0, 8)?.as_slice().try_into()?);
@@ -139,101 +123,6 @@ fn parse() -> Result<Load, Box<dyn Error>> {
         return Err("--block is a multiple of 512".into());
     }
     Ok(load)
-}
-
-/// The thread that copies between guest memory and what the server sees.
-struct Copying {
-    /// Its number for the kernel.
-    tid: libc::pid_t,
-}
-
-/// Starts queue 0 with a bounce between it and the server, as the VMM does.
-fn start_bounced(device: &mut Device, inflight: bool) -> Result<Copying, Box<dyn Error>> {
-    // SAFETY: a NUL-terminated name; the new descriptor is owned by the File at once.
-    let region = unsafe {
-        let fd = libc::memfd_create(c"bounce".as_ptr(), libc::MFD_CLOEXEC);
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        File::from_raw_fd(fd)
-    };
-    region.set_len(REGION)?;
-    let memory = &device.memory;
-    let file = File::from(memory.as_fd().try_clone_to_owned()?);
-    let ram = GuestMemoryMmap::from_ranges_with_files([(
-        GuestAddress(0),
-        memory.size() as usize,
-        Some(FileOffset::new(file, 0)),
-    )])?;
-    let mut bounce = Bounce::new(DISK, 1, region.into(), REGION, ram)?;
-    let event_idx = device.features & features::EVENT_IDX != 0;
-    let queue = Queue::new(memory, QUEUE_SIZE, event_idx)?;
-    let guest = queue.addresses();
-    let event = |fd: BorrowedFd<'_>| EventFd::duplicate(fd).map(Arc::new);
-    let start = bounce.start(&Start {
-        features: device.features,
-        queues: vec![StartQueue {
-            index: 0,
-            size: QUEUE_SIZE,
-            descriptors: guest.descriptor - Memory::USER_BASE,
-            available: guest.available - Memory::USER_BASE,
-            used: guest.used - Memory::USER_BASE,
-            kick: event(queue.kick_fd())?,
-            call: event(queue.call_fd())?,
-        }],
-    });
-    device.queues.push(queue);
-    let regions = bounce.table().regions.iter();
-    let table: Vec<_> = regions
-        .map(|(start, size, fd, offset)| MemoryRegion {
-            guest_addr: *start,
-            size: *size,
-            user_addr: *start,
-            fd: fd.as_fd(),
-            offset: *offset,
-        })
-        .collect();
-    let frontend = &mut device.frontend;
-    frontend.set_mem_table(&table)?;
-    if inflight {
-        match frontend.get_inflight_fd(1, QUEUE_SIZE) {
-            Ok((fd, size, offset)) => {
-                frontend.set_inflight_fd(fd.as_fd(), size, offset, 1, QUEUE_SIZE)?;
-            }
-            Err(anemone_vhost_user::Error::NotNegotiated(_)) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    for q in &start.queues {
-        frontend.set_vring_num(q.index, q.size)?;
-        let address = VringAddr {
-            descriptor: q.descriptors,
-            used: q.used,
-            available: q.available,
-            log: None,
-        };
-        frontend.set_vring_addr(q.index, &address)?;
-        frontend.set_vring_base(q.index, 0)?;
-        frontend.set_vring_kick(q.index, q.kick.as_fd())?;
-        frontend.set_vring_call(q.index, q.call.as_fd())?;
-        frontend.set_vring_enable(q.index, true)?;
-    }
-    let (tell, tid) = channel();
-    std::thread::spawn(move || {
-        // SAFETY: no pointers.
-        let _ = tell.send(unsafe { libc::gettid() });
-        loop {
-            let mut entries: Vec<_> = bounce.poll_entries().collect();
-            let count = entries.len() as libc::nfds_t;
-            // SAFETY: initialised entries, counted.
-            unsafe { libc::poll(entries.as_mut_ptr(), count, bounce.timeout()) };
-            if let Err(error) = bounce.turn(&entries) {
-                eprintln!("{error}");
-                std::process::exit(1);
-            }
-        }
-    });
-    Ok(Copying { tid: tid.recv()? })
 }
 
 struct Bench<'a> {

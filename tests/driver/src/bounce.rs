@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -44,6 +45,8 @@ pub(crate) struct Bounce {
     shadow: Start,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// Its number for the kernel.
+    pub tid: libc::pid_t,
 }
 
 impl Bounce {
@@ -91,15 +94,21 @@ impl Bounce {
         });
         let bounce = Arc::new(Mutex::new(bounce));
         let stop = Arc::new(AtomicBool::new(false));
+        let (tell, tid) = channel();
         let thread = {
             let (bounce, stop) = (Arc::clone(&bounce), Arc::clone(&stop));
-            thread::spawn(move || copy(&bounce, &stop))
+            thread::spawn(move || {
+                // SAFETY: no pointers.
+                let _ = tell.send(unsafe { libc::gettid() });
+                copy(&bounce, &stop);
+            })
         };
         Ok(Self {
             bounce,
             shadow,
             stop,
             thread: Some(thread),
+            tid: tid.recv().map_err(io::Error::other)?,
         })
     }
 

@@ -129,6 +129,11 @@ impl Device {
         Ok(device)
     }
 
+    /// The thread that copies for a back end that does not see guest memory.
+    pub fn copying_thread(&self) -> Option<libc::pid_t> {
+        self.bounce.as_ref().map(|bounce| bounce.tid)
+    }
+
     /// Sets the device up again over another connection, as a monitor does it when the back end
     /// has gone and another is there: with the same features, memory and rings, and whatever is in
     /// flight. The back end has to find out by itself where in the rings it was.
