@@ -157,7 +157,8 @@ pub enum Command {
         #[arg(long, conflicts_with = "json")]
         policies: bool,
         /// Print what each process of a running VM may touch: descriptors, guest memory, system
-        /// calls (with `--policies`, and the reasons), namespaces, limits.
+        /// calls (with `--policies`, and the reasons), namespaces, limits. Root names VMs of other users
+        /// by their PID.
         #[arg(long, value_name = "NAME|PID")]
         vm: Option<String>,
     },

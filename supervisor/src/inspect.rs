@@ -101,8 +101,7 @@ impl Report {
     /// # Errors
     /// This user may not look.
     pub fn of(vm: &Status) -> Result<Self, Error> {
-        let mut pids = vec![vm.pid];
-        pids.extend(children_of(vm.pid));
+        let pids = family(vm.pid);
         let ram = guest_memory(&pids);
         let mut processes = Vec::new();
         for pid in pids {
@@ -134,20 +133,37 @@ impl Report {
     }
 }
 
-fn children_of(parent: u32) -> Vec<u32> {
-    let mut pids: Vec<u32> = fs::read_dir("/proc")
+/// A process and all below it: passt is started by a process of its own. Each parent comes before
+/// its children.
+fn family(first: u32) -> Vec<u32> {
+    let parents: BTreeMap<u32, u32> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|pid| {
-            status(&format!("/proc/{pid}"))
-                .and_then(|s| s.get("PPid")?.parse().ok())
-                .is_some_and(|p: u32| p == parent)
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let parent = status(&format!("/proc/{pid}"))?.get("PPid")?.parse().ok()?;
+            Some((pid, parent))
         })
         .collect();
-    pids.sort_unstable();
+    let mut pids = Vec::new();
+    let mut left = vec![first];
+    while let Some(pid) = left.pop() {
+        pids.push(pid);
+        // Numbers may have been used again while they were read: none comes twice.
+        let children = parents
+            .iter()
+            .rev()
+            .filter(|(child, parent)| **parent == pid && !pids.contains(child));
+        left.extend(children.map(|(child, _)| *child));
+    }
     pids
+}
+
+/// The effective user of a process.
+pub fn user_of(pid: u32) -> Option<u32> {
+    let status = status(&format!("/proc/{pid}"))?;
+    status.get("Uid")?.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// The words of a process's command line.
@@ -546,6 +562,10 @@ fn policy_of(
 ) -> Option<&'static str> {
     if filters == 0 {
         return Some("none");
+    }
+    // passt has jailed itself.
+    if !POLICIES.iter().any(|(of, ..)| *of == program) {
+        return Some("its own");
     }
     match (program, thread) {
         (VMM, _) if first => Some(if filters > 1 { "run" } else { "main" }),

@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::folder::{self, Found};
 use super::protocol::{MAX_RESPONSE, Process, Request, Response, Status};
 use crate::error::{Error, printable};
+use crate::inspect;
 use crate::sys;
 
 /// Longest that a VM may take to answer; it gives up earlier by itself.
@@ -16,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn running() -> Result<Vec<Found>, Error> {
     let folder = folder::path();
     let failed = |error| Error::Failed(format!("{}: {error}", folder.display()));
-    match folder::check(&folder) {
+    match folder::check(&folder, sys::effective_user()) {
         Ok(()) => folder::list(&folder).map_err(failed),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(failed(error)),
@@ -31,6 +33,9 @@ fn find(target: &str) -> Result<Found, Error> {
         .map(|vm| format!("{} (pid {})", vm.name, vm.pid))
         .collect();
     all.retain(|vm| vm.pid.to_string() == target || vm.name == target);
+    if all.is_empty() && sys::effective_user() == 0 {
+        all.extend(of_another_user(target));
+    }
     match (all.len(), names.is_empty()) {
         (1, _) => Ok(all.remove(0)),
         (0, true) => Err(Error::NoSuchVm(format!(
@@ -47,12 +52,26 @@ fn find(target: &str) -> Result<Found, Error> {
     }
 }
 
+/// The VM with this process id, whosever it is: root is heard by all of them.
+fn of_another_user(target: &str) -> Option<Found> {
+    let pid = target.parse().ok()?;
+    let user = inspect::user_of(pid)?;
+    folder::paths_of(user)
+        .iter()
+        .find_map(|folder| folder::find(folder, user, pid))
+}
+
 /// Asks one VM.
 fn ask(vm: &Found, request: &Request) -> Result<Response, Error> {
     let failed = |error: &dyn std::fmt::Display| {
         Error::Failed(format!("VM `{}`, pid {}: {error}", vm.name, vm.pid))
     };
     let mut stream = sys::connect_now(&vm.path).map_err(|e| failed(&e))?;
+    // The name of the socket says whose it is; in another user's folder it can say anything.
+    let peer = sys::peer_user(stream.as_fd()).map_err(|e| failed(&e))?;
+    if Some(peer) != inspect::user_of(vm.pid) {
+        return Err(failed(&format_args!("user {peer} listens in its place")));
+    }
     stream
         .set_read_timeout(Some(PATIENCE))
         .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
@@ -75,7 +94,7 @@ fn ask(vm: &Found, request: &Request) -> Result<Response, Error> {
 
 fn status_of(vm: &Found) -> Result<Status, Error> {
     match ask(vm, &Request::Status)? {
-        Response::Status(status) => Ok(*status),
+        Response::Status(status) if status.pid == vm.pid => Ok(*status),
         other => Err(Error::Failed(format!("an unexpected answer: {other:?}"))),
     }
 }

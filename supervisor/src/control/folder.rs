@@ -22,21 +22,29 @@ pub fn path() -> PathBuf {
     }
 }
 
+/// Where the folder of another user is: with the runtime directory that a session has, and without.
+pub fn paths_of(user: u32) -> [PathBuf; 2] {
+    [
+        format!("/run/user/{user}/anemone").into(),
+        format!("/tmp/anemone-{user}").into(),
+    ]
+}
+
 /// Makes sure that the folder is there and that nobody else can change what is in it.
 pub fn make(folder: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => check(folder),
+        _ => check(folder, sys::effective_user()),
     }
 }
 
-/// The folder must be one, the user's own, and closed to others. In `/tmp` somebody else may have
+/// The folder must be one, this user's own, and closed to others. In `/tmp` somebody else may have
 /// made it.
-pub fn check(folder: &Path) -> io::Result<()> {
+pub fn check(folder: &Path, user: u32) -> io::Result<()> {
     let metadata = fs::symlink_metadata(folder)?;
     let why = if !metadata.is_dir() {
         "not a folder"
-    } else if metadata.uid() != sys::effective_user() {
+    } else if metadata.uid() != user {
         "belongs to another user"
     } else if metadata.mode() & 0o077 != 0 {
         "is open to other users; its mode must be 0700"
@@ -63,6 +71,16 @@ pub struct Found {
     pub name: String,
     /// Process id of its supervisor.
     pub pid: u32,
+}
+
+/// The socket of a VM in the folder of another user, in which nothing is changed.
+pub fn find(folder: &Path, user: u32, pid: u32) -> Option<Found> {
+    check(folder, user).ok()?;
+    let entries = fs::read_dir(folder).ok()?;
+    entries
+        .flatten()
+        .filter_map(|entry| parse(&entry.path()))
+        .find(|found| found.pid == pid)
 }
 
 /// All sockets in the folder, by name; those that VMs of the past have left are removed.
@@ -115,6 +133,16 @@ mod tests {
                 .contains("not a folder")
         );
         assert!(make(&folder.join("no/such")).is_err());
+        // Those of another user are that user's.
+        let own = sys::effective_user();
+        let mode = |mode| fs::set_permissions(&folder, Permissions::from_mode(mode)).unwrap();
+        mode(0o700);
+        File::create(folder.join("web-7.sock")).unwrap();
+        assert!(find(&folder, own, 7).is_some_and(|vm| vm.name == "web"));
+        assert_eq!(find(&folder, own, 8), None);
+        assert_eq!(find(&folder, own + 1, 7), None);
+        mode(0o750);
+        assert_eq!(find(&folder, own, 7), None);
     }
 
     #[test]
