@@ -193,7 +193,10 @@ pub fn bench(packages: &Packages, program: &Path) -> Result<PathBuf> {
 }
 
 /// Modules of the rig's outer guest.
-const OUTER_MODULES: &[&str] = &["kvm_amd", "virtio_pci", "virtio_blk"];
+const OUTER_MODULES: &[&str] = &["kvm_amd", "virtio_pci", "virtio_blk", "dummy"];
+
+/// Programs of busybox that the outer guest has.
+const OUTER_APPLETS: &[&str] = &["ip", "sh", "sha256sum"];
 
 /// Builds the initramfs of the rig's outer guest at `path`: `init` is its first program, `files`
 /// are pairs of a name in it and a file here.
@@ -208,6 +211,10 @@ pub fn outer(
     archive.character("dev/console", 5, 1)?;
     put(&mut archive, "init", 0o755, init)?;
     put_modules(&mut archive, packages.cloud(), OUTER_MODULES)?;
+    put(&mut archive, "bin/busybox", 0o755, &packages.busybox())?;
+    for applet in OUTER_APPLETS {
+        archive.symlink(&format!("bin/{applet}"), "busybox")?;
+    }
     archive.file(
         "etc/passwd",
         0o644,

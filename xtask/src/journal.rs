@@ -1,5 +1,7 @@
 //! What a runner of scenarios (`tests/guest`) says: verdicts, and a log file for each scenario.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -16,9 +18,16 @@ use crate::sh;
 /// Verdicts so far, and the scenario that runs.
 pub struct Journal {
     logs: PathBuf,
-    running: Option<(String, File)>,
+    running: Option<Running>,
     /// Verdicts, in the order in which they came.
     pub outcomes: Vec<Outcome>,
+}
+
+struct Running {
+    name: String,
+    log: File,
+    /// Files beside the log.
+    kept: BTreeMap<String, File>,
 }
 
 impl Journal {
@@ -34,7 +43,7 @@ impl Journal {
 
     /// The scenario that has begun and has no verdict yet.
     pub fn running(&self) -> Option<&str> {
-        self.running.as_ref().map(|(name, _)| name.as_str())
+        self.running.as_ref().map(|running| running.name.as_str())
     }
 
     /// Takes one line; returns whether it was the last.
@@ -45,7 +54,11 @@ impl Journal {
             Line::Begin(name) => {
                 let log = File::create(self.logs.join(format!("{name}.log")))?;
                 sh::progress(format_args!("  {name} ..."));
-                self.running = Some((name, log));
+                self.running = Some(Running {
+                    name,
+                    log,
+                    kept: BTreeMap::new(),
+                });
             }
             Line::Pass(name, millis) => {
                 let seconds = millis as f64 / 1e3;
@@ -61,8 +74,20 @@ impl Journal {
                 if let Some(figures) = text.strip_prefix("figures: ") {
                     sh::progress(format_args!("    {figures}"));
                 }
-                if let Some((_, log)) = &mut self.running {
-                    writeln!(log, "{text}")?;
+                if let Some(running) = &mut self.running {
+                    writeln!(running.log, "{text}")?;
+                }
+            }
+            Line::Keep(name, text) => {
+                if let Some(running) = &mut self.running {
+                    let file = match running.kept.entry(name) {
+                        Entry::Occupied(known) => known.into_mut(),
+                        Entry::Vacant(new) => {
+                            let path = format!("{}-{}.log", running.name, new.key());
+                            new.insert(File::create(self.logs.join(path))?)
+                        }
+                    };
+                    writeln!(file, "{text}")?;
                 }
             }
         }
@@ -125,7 +150,16 @@ mod tests {
     fn a_verdict_ends_the_log_of_its_scenario() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::new(dir.path()).unwrap();
-        let said = ["early", "rig: begin a", "text", "rig: fail a why", "late"];
+        let said = [
+            "early",
+            "rig: keep f early",
+            "rig: begin a",
+            "text",
+            "rig: keep f one",
+            "rig: keep f   two",
+            "rig: fail a why",
+            "late",
+        ];
         for line in said {
             assert!(!journal.line(line).unwrap());
         }
@@ -134,6 +168,8 @@ mod tests {
         let failed = Verdict::Failed("why".into());
         assert_eq!(journal.outcomes, [Outcome::new("a", failed)]);
         assert_eq!(fs::read(dir.path().join("a.log")).unwrap(), b"text\n");
+        let kept = fs::read(dir.path().join("a-f.log")).unwrap();
+        assert_eq!(kept, b"one\n  two\n");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! loader in the root folder. This needs apt tools and a network the first time, and no privileges
 //! at all.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -52,6 +52,8 @@ const BOOTSTRAP: &str = "mmdebstrap";
 const DPDK: &str = "dpdk-dev";
 /// User-mode networking; unpacked alone.
 const PASST: &str = "passt";
+/// Clients that run in guests, in a folder of their own, with everything they depend on.
+const CLIENTS: (&str, &[&str]) = ("clients", &["curl", "iperf3"]);
 
 /// Debian's kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -117,7 +119,7 @@ impl Kernel {
 #[derive(Debug, Clone)]
 pub struct Packages {
     base: PathBuf,
-    root: PathBuf,
+    root: Root,
     cloud: Kernel,
 }
 
@@ -139,7 +141,11 @@ pub fn fetch() -> Result<Packages> {
         fs::write(&stamp, wanted)?;
     }
     let cloud = Kernel::find(cloud, &root)?;
-    Ok(Packages { base, root, cloud })
+    Ok(Packages {
+        base,
+        root: Root(root),
+        cloud,
+    })
 }
 
 impl Packages {
@@ -185,21 +191,7 @@ impl Packages {
     /// huge pages. It looks for devices by name only: it would refuse a path with a folder that others
     /// can write to.
     pub fn testpmd(&self) -> Result<Command> {
-        let root = self.base.join(DPDK);
-        {
-            let lock = File::create(self.base.join("lock"))?;
-            lock.lock().context("build/packages/lock")?;
-            let stamp = root.join("complete");
-            if !stamp.exists() {
-                sh::fresh(&root)?;
-                let apt = Apt::new(&self.base)?;
-                apt.update()?;
-                let wanted = apt.closure(&[DPDK])?;
-                sh::progress(format_args!("fetching {DPDK} (70 MB)"));
-                apt.unpack(&wanted, &root)?;
-                fs::write(&stamp, "")?;
-            }
-        }
+        let root = self.complete(DPDK, &[DPDK], 70)?.0;
         let folders = [
             "lib/x86_64-linux-gnu",
             "usr/lib/x86_64-linux-gnu",
@@ -232,6 +224,31 @@ impl Packages {
 
     /// Unpacks one package without what it depends on into a folder of its own.
     fn alone(&self, folder: &str, package: impl FnOnce(&Apt) -> Result<String>) -> Result<PathBuf> {
+        self.apart(folder, |apt| {
+            let package = package(apt)?;
+            sh::progress(format_args!("fetching {package}"));
+            Ok(BTreeSet::from([package]))
+        })
+    }
+
+    /// Unpacks packages with everything they depend on, so many MB, into a folder of their own.
+    fn complete(&self, folder: &str, packages: &[&str], megabytes: u32) -> Result<Root> {
+        let root = self.apart(folder, |apt| {
+            sh::progress(format_args!(
+                "fetching {} ({megabytes} MB)",
+                packages.join(", ")
+            ));
+            apt.closure(packages)
+        })?;
+        Ok(Root(root))
+    }
+
+    /// Unpacks packages into a folder of their own, unless that has been done.
+    fn apart(
+        &self,
+        folder: &str,
+        wanted: impl FnOnce(&Apt) -> Result<BTreeSet<String>>,
+    ) -> Result<PathBuf> {
         let lock = File::create(self.base.join("lock"))?;
         lock.lock().context("build/packages/lock")?;
         let root = self.base.join(folder);
@@ -241,9 +258,8 @@ impl Packages {
             let apt = Apt::new(&self.base)?;
             // The lists may be older than the archive by now.
             apt.update()?;
-            let package = package(&apt)?;
-            sh::progress(format_args!("fetching {package}"));
-            apt.unpack(&BTreeSet::from([package]), &root)?;
+            let wanted = wanted(&apt)?;
+            apt.unpack(&wanted, &root)?;
             fs::write(&stamp, "")?;
         }
         Ok(root)
@@ -251,19 +267,20 @@ impl Packages {
 
     /// The static busybox.
     pub fn busybox(&self) -> PathBuf {
-        self.root.join("bin/busybox")
+        self.root.0.join("bin/busybox")
     }
 
     /// A command that runs an unpacked program with its own loader and libraries.
     pub fn tool(&self, name: &str) -> Result<Command> {
-        let program = self.program(name)?;
-        let mut command = Command::new(self.loader());
+        let root = &self.root;
+        let program = root.program(name)?;
+        let mut command = Command::new(root.loader());
         command
             .arg("--library-path")
-            .arg(self.library_path())
+            .arg(root.library_path())
             .arg(program)
-            .env("QEMU_MODULE_DIR", self.library_dirs()[1].join("qemu"))
-            .env("MKE2FS_CONFIG", self.root.join("etc/mke2fs.conf"));
+            .env("QEMU_MODULE_DIR", root.library_dirs()[1].join("qemu"))
+            .env("MKE2FS_CONFIG", root.0.join("etc/mke2fs.conf"));
         Ok(command)
     }
 
@@ -274,11 +291,71 @@ impl Packages {
             None => self.tool("qemu-system-x86_64")?,
         };
         for dir in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
-            command.arg("-L").arg(self.root.join(dir));
+            command.arg("-L").arg(self.root.0.join(dir));
         }
         Ok(command)
     }
 
+    /// An unpacked program and every shared object it loads; see [`Root::with_libraries`].
+    pub fn with_libraries(&self, name: &str) -> Result<Vec<(String, PathBuf)>> {
+        self.root.with_libraries(name)
+    }
+
+    /// curl and iperf3 with all shared objects they load, to be run anywhere, and busybox: fetched
+    /// when they are first asked for. In the folder a program is started as `lib64/ld-linux-x86-64.so.2
+    /// --library-path lib bin/NAME`.
+    pub fn clients(&self) -> Result<BTreeMap<String, PathBuf>> {
+        let (folder, packages) = CLIENTS;
+        let root = self.complete(folder, packages, 25)?;
+        let mut files = BTreeMap::from([("bin/busybox".to_string(), self.busybox())]);
+        for name in packages {
+            files.extend(root.with_libraries(name)?);
+        }
+        Ok(files)
+    }
+
+    /// passt and what it runs with in a root of its own: it finds its C library by itself.
+    pub fn passt_with_libraries(&self) -> Result<Vec<(String, PathBuf)>> {
+        let passt = self.passt()?;
+        let mut files = vec![
+            ("lib64/ld-linux-x86-64.so.2".to_string(), self.root.loader()),
+            (
+                "lib/x86_64-linux-gnu/libc.so.6".to_string(),
+                self.root.library_dirs()[0].join("libc.so.6"),
+            ),
+        ];
+        // It starts the one that fits the CPU.
+        for name in ["passt", "passt.avx2"] {
+            files.push((format!("bin/{name}"), passt.with_file_name(name)));
+        }
+        Ok(files)
+    }
+
+    /// A search path on which the unpacked programs come first, for tests that call them by name.
+    pub fn search_path(&self) -> Result<OsString> {
+        let folder = sh::fresh_dir("packages/bin")?;
+        for name in BY_NAME {
+            let script = format!(
+                "#!/bin/sh\nexec '{}' --library-path '{}' '{}' \"$@\"\n",
+                self.root.loader().display(),
+                self.root.library_path(),
+                self.root.program(name)?.display()
+            );
+            let path = folder.join(name);
+            fs::write(&path, script)?;
+            fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+        }
+        let own = std::env::var_os("PATH").unwrap_or_default();
+        let folders = [folder].into_iter().chain(std::env::split_paths(&own));
+        Ok(std::env::join_paths(folders)?)
+    }
+}
+
+/// A folder in which packages are unpacked.
+#[derive(Debug, Clone)]
+struct Root(PathBuf);
+
+impl Root {
     /// An unpacked program and every shared object it loads, loader first: pairs of the name it
     /// must have in a root of its own and the file here.
     pub fn with_libraries(&self, name: &str) -> Result<Vec<(String, PathBuf)>> {
@@ -295,7 +372,10 @@ impl Packages {
             (format!("bin/{name}"), program),
         ];
         for line in String::from_utf8_lossy(&listing.stdout).lines() {
-            if let Some((soname, rest)) = line.trim().split_once(" => ") {
+            // The loader goes by its path, and is there already.
+            if let Some((soname, rest)) = line.trim().split_once(" => ")
+                && !soname.starts_with('/')
+            {
                 let path = rest.split(" (").next().unwrap_or(rest);
                 if path.contains("not found") {
                     bail!("{name} needs {soname}, which no package has brought");
@@ -306,31 +386,12 @@ impl Packages {
         Ok(files)
     }
 
-    /// A search path on which the unpacked programs come first, for tests that call them by name.
-    pub fn search_path(&self) -> Result<OsString> {
-        let folder = sh::fresh_dir("packages/bin")?;
-        for name in BY_NAME {
-            let script = format!(
-                "#!/bin/sh\nexec '{}' --library-path '{}' '{}' \"$@\"\n",
-                self.loader().display(),
-                self.library_path(),
-                self.program(name)?.display()
-            );
-            let path = folder.join(name);
-            fs::write(&path, script)?;
-            fs::set_permissions(&path, Permissions::from_mode(0o755))?;
-        }
-        let own = std::env::var_os("PATH").unwrap_or_default();
-        let folders = [folder].into_iter().chain(std::env::split_paths(&own));
-        Ok(std::env::join_paths(folders)?)
-    }
-
     fn program(&self, name: &str) -> Result<PathBuf> {
         ["usr/bin", "bin", "usr/sbin", "sbin", "usr/lib/qemu"]
             .iter()
-            .map(|dir| self.root.join(dir).join(name))
+            .map(|dir| self.0.join(dir).join(name))
             .find(|path| path.exists())
-            .with_context(|| format!("no package in build/packages has brought {name}"))
+            .with_context(|| format!("no package has brought {name}"))
     }
 
     fn loader(&self) -> PathBuf {
@@ -339,8 +400,8 @@ impl Packages {
 
     fn library_dirs(&self) -> [PathBuf; 2] {
         [
-            self.root.join("lib/x86_64-linux-gnu"),
-            self.root.join("usr/lib/x86_64-linux-gnu"),
+            self.0.join("lib/x86_64-linux-gnu"),
+            self.0.join("usr/lib/x86_64-linux-gnu"),
         ]
     }
 

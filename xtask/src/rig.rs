@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
+use anemone_guest_init::place::ROOT_DISKS;
 use anemone_guest_init::protocol::TIME_RAN_OUT;
 use anyhow::{Context, Result};
 
@@ -21,9 +22,6 @@ use crate::sh;
 
 /// Silence after which the outer guest counts as hung. It sends a line every second.
 const SILENCE: Duration = Duration::from_secs(60);
-
-/// The scenario whose disk is looked at on the host after the outer guest has ended.
-const DEMO: &str = "demo";
 
 /// The program of the scenario `bare`.
 const BARE: &str = "anemone-bare";
@@ -52,6 +50,10 @@ impl<'a> Rig<'a> {
         for (name, path) in packages.with_libraries("qemu-storage-daemon")? {
             files.push((format!("qsd/{name}"), path));
         }
+        for (name, path) in packages.clients()? {
+            files.push((format!("clients/{name}"), path));
+        }
+        files.extend(packages.passt_with_libraries()?);
         for (name, path) in product.iter().flat_map(|p| p.iter()) {
             files.push((format!("bin/{name}"), path));
         }
@@ -138,7 +140,7 @@ impl<'a> Rig<'a> {
     /// Runs the demonstration's guest with its console on this terminal.
     pub fn interactive(&self) -> Result<()> {
         let disk = RootDisk::make(self.packages, &self.folder.join("root.img"))?;
-        let mut command = self.qemu(&disk.image, "rig.interactive quiet")?;
+        let mut command = self.qemu(&[disk], "rig.interactive quiet")?;
         let console = self.folder.join("outer.log");
         command
             .arg("-chardev")
@@ -150,7 +152,7 @@ impl<'a> Rig<'a> {
         sh::run(&mut command)
     }
 
-    fn qemu(&self, disk: &Path, cmdline: &str) -> Result<Command> {
+    fn qemu(&self, disks: &[RootDisk], cmdline: &str) -> Result<Command> {
         let console = if cmdline.contains("rig.interactive") {
             "ttyS1"
         } else {
@@ -167,9 +169,13 @@ impl<'a> Rig<'a> {
             .arg("-initrd")
             .arg(&self.initramfs)
             .arg("-append")
-            .arg(format!("console={console} panic=-1 {cmdline}"))
-            .arg("-drive")
-            .arg(format!("if=virtio,format=raw,file={}", disk.display()));
+            .arg(format!("console={console} panic=-1 {cmdline}"));
+        for disk in disks {
+            let image = disk.image.display();
+            command
+                .arg("-drive")
+                .arg(format!("if=virtio,format=raw,file={image}"));
+        }
         Ok(command)
     }
 }
@@ -179,16 +185,20 @@ struct Boot<'a> {
     rig: &'a Rig<'a>,
     qemu: sh::Guarded,
     lines: Receiver<String>,
-    disk: RootDisk,
+    /// In the order of [`ROOT_DISKS`].
+    disks: Vec<RootDisk>,
     journal: Journal,
 }
 
 impl<'a> Boot<'a> {
     fn start(rig: &'a Rig<'a>, names: &[String], logs: &Path) -> Result<Self> {
         let journal = Journal::new(logs)?;
-        let disk = RootDisk::make(rig.packages, &rig.folder.join("root.img"))?;
+        let disks = ROOT_DISKS
+            .iter()
+            .map(|name| RootDisk::make(rig.packages, &rig.folder.join(format!("{name}.img"))))
+            .collect::<Result<Vec<_>>>()?;
         let cmdline = format!("rig.run={}", names.join(","));
-        let mut command = rig.qemu(&disk.image, &cmdline)?;
+        let mut command = rig.qemu(&disks, &cmdline)?;
         command
             .arg("-serial")
             .arg(format!("file:{}", logs.join("outer-console.log").display()))
@@ -207,7 +217,7 @@ impl<'a> Boot<'a> {
             rig,
             qemu,
             lines: journal::lines(output),
-            disk,
+            disks,
             journal,
         })
     }
@@ -238,7 +248,7 @@ impl<'a> Boot<'a> {
             // Every verdict is there; only the power-off hangs.
             sh::kill_group(&self.qemu.0);
         }
-        self.verify_demo();
+        self.verify_disks();
         Ok(None)
     }
 
@@ -249,14 +259,16 @@ impl<'a> Boot<'a> {
         }
     }
 
-    /// The host's part of the demonstration.
-    fn verify_demo(&mut self) {
-        for outcome in &mut self.journal.outcomes {
-            if outcome.name == DEMO
-                && outcome.verdict == Verdict::Passed
-                && let Err(error) = self.disk.verify(self.rig.packages)
-            {
-                outcome.verdict = Verdict::Failed(format!("{error:#}"));
+    /// The host's part of scenarios with a root disk.
+    fn verify_disks(&mut self) {
+        for (name, disk) in ROOT_DISKS.iter().zip(&self.disks) {
+            for outcome in &mut self.journal.outcomes {
+                if outcome.name == *name
+                    && outcome.verdict == Verdict::Passed
+                    && let Err(error) = disk.verify(self.rig.packages)
+                {
+                    outcome.verdict = Verdict::Failed(format!("{error:#}"));
+                }
             }
         }
     }

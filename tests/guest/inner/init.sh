@@ -192,9 +192,8 @@ step_pmemread() {
     done
 }
 
-# Asks for an address, and fetches a file of a server on the host's loopback, which the gateway's
-# address leads to.
-step_net() {
+# Asks for an address.
+step_lease() {
     say "card $(cat /sys/class/net/eth0/address) mtu $(cat /sys/class/net/eth0/mtu)"
     cat > /tmp/lease << 'END'
 #!/bin/sh
@@ -208,6 +207,21 @@ END
     ip link set eth0 up || fail "no network card"
     udhcpc -i eth0 -n -q -t 10 -s /tmp/lease > /dev/null 2>&1 || fail "no address"
     say "address $(ip -4 -o addr show eth0 | awk '{ print $4 }')"
+}
+
+# An address that the host has chosen, the router's, and that of the other side.
+step_static() {
+    option address | tr , '\n' > /tmp/addresses
+    { read -r address && read -r router && read -r peer; } < /tmp/addresses
+    ip link set lo up
+    ip link set eth0 up || fail "no network card"
+    ip addr add "$address" dev eth0 && ip route add default via "$router" || fail "address $address"
+    echo "$peer" > /tmp/router
+}
+
+# Fetches a file of a server on the host's loopback, which the gateway's address leads to.
+step_net() {
+    step_lease
     wget -q -O /tmp/fetched "http://$(cat /tmp/router):$(option fetch)/payload" || fail "cannot fetch"
     say "fetched $(wc -c < /tmp/fetched) $(sha256sum < /tmp/fetched | cut -c 1-64)"
 }
@@ -247,6 +261,124 @@ step_serve() {
 # Sockets to the host and back; the program says what it does.
 step_vsock() {
     anemone-guest-vsock "$(option vsock)" || fail "vsock"
+}
+
+client() {
+    program=$1
+    shift
+    /clients/lib64/ld-linux-x86-64.so.2 --library-path /clients/lib "/clients/bin/$program" "$@"
+}
+
+mount_clients() {
+    mkdir -p /clients
+    mount -t virtiofs clients /clients || fail "cannot mount the programs"
+}
+
+# Bytes to a server on the other side, and from it.
+step_iperf() {
+    mount_clients
+    say "iperf to the other side: $(iperf)"
+    say "iperf from the other side: $(iperf --reverse)"
+}
+
+iperf() {
+    client iperf3 --json --bytes "$(option amount)" --client "$(cat /tmp/router)" \
+        --port "$(option iperf)" "$@" > /tmp/iperf
+    awk -F '[:,]' '/"sum_received"/ { found = 1 }
+        /"error"/ { print; exit }
+        found && /"bytes"/ { bytes = $2 }
+        found && /"bits_per_second"/ { printf "%d bytes, %d Mbit/s", bytes, $2 / 1e6; exit }' /tmp/iperf
+}
+
+# Serves, until a line is typed.
+step_iperfserve() {
+    [ -d /clients ] || mount_clients
+    client iperf3 --server > /dev/null &
+    tries=0
+    until grep -q ":1451 .* 0A " /proc/net/tcp /proc/net/tcp6 || [ $tries -gt 300 ]; do
+        usleep 100000
+        tries=$((tries + 1))
+    done
+    say "iperf listens"
+    read -r _
+}
+
+# Every device at work at the same time, each verified, until the host types a line. What the steps of
+# the devices do comes first, then rounds of functions all_NAME.
+step_all() {
+    # What is typed would appear in the middle of a line.
+    stty -echo
+    mount_clients
+    say "the serial port works" > /dev/ttyS0
+    workers=
+    for device in disks share pmem rng net; do
+        all_rounds $device &
+        workers="$workers $!"
+    done
+    step_vsock &
+    workers="$workers $!"
+    say "all devices work"
+    read -r _
+    : > /stop
+    for worker in $workers; do
+        wait $worker || fail "a device does not work"
+    done
+    umount /clients
+    say "all devices verified:$(cat /rounds.*)"
+}
+
+all_rounds() {
+    case $1 in
+        disks) step_copy ;;
+        share) step_fs && mount_share ;;
+        pmem) step_pmem ;;
+        rng) step_rng ;;
+    esac
+    rounds=0
+    until [ -e /stop ] && [ $rounds -gt 0 ]; do
+        all_$1 || fail "round $rounds of $1"
+        rounds=$((rounds + 1))
+    done
+    echo -n " $rounds of $1" > /rounds.$1
+}
+
+# Reads past the guest's cache what was written by the copy.
+all_disks() {
+    dd if=/dev/vdb of=/dev/vdb bs=64k iflag=direct oflag=direct conv=notrunc 2> /dev/null || return 1
+    dd if=/dev/vda bs=64k iflag=direct 2> /dev/null | sha256sum > /tmp/vda
+    dd if=/dev/vdb bs=64k iflag=direct 2> /dev/null | sha256sum > /tmp/vdb
+    cmp /tmp/vda /tmp/vdb
+}
+
+# A tree is made, found after the guest has forgotten it, and removed.
+all_share() {
+    mkdir /share/round && cp -r /copy/tree /share/round || return 1
+    echo 3 > /proc/sys/vm/drop_caches
+    (cd /share/round && sha256sum -c /sums > /dev/null) || return 1
+    rm -r /share/round
+}
+
+# Random bytes through the memory itself, and back after another mount.
+all_pmem() {
+    mount -t ext4 -o dax /dev/pmem0 /pmem || return 1
+    dd if=/dev/urandom bs=64k count=8 2> /dev/null | tee /pmem/round | sha256sum > /tmp/round
+    umount /pmem && mount -t ext4 -o dax /dev/pmem0 /pmem || return 1
+    sha256sum < /pmem/round | cmp - /tmp/round || return 1
+    rm /pmem/round && umount /pmem
+}
+
+all_rng() {
+    dd if=/dev/hwrng of=/tmp/block bs=64 count=16 iflag=fullblock 2> /dev/null || return 1
+    [ "$(wc -c < /tmp/block)" = 1024 ] || return 1
+    ! cmp -s /tmp/block /tmp/block.last || return 1
+    mv /tmp/block /tmp/block.last
+}
+
+# From the host's loopback, with a program that lies in a directory of the host.
+all_net() {
+    url="http://$(cat /tmp/router):$(option fetch)/payload"
+    client curl --silent --show-error --fail --max-time 60 -o /tmp/curled "$url" || return 1
+    cmp /tmp/curled /tmp/fetched
 }
 
 # Verified work for one device, until the host types a line. The device's process is killed over and
@@ -419,7 +551,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | fs | fsro | load | pause) "step_$step" ;;
+        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | fs | fsro | load | pause | all | lease | static | iperf | iperfserve) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

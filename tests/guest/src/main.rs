@@ -9,10 +9,14 @@
 //! the pairs say what is where, see [`Place`]. `--spy SOCKET SECRET` is a back end that looks for a
 //! secret in the guest's memory.
 
+mod all;
+mod balloon;
+mod iperf;
 mod kills;
 mod net;
 mod probe;
 mod scenarios;
+mod share;
 mod sys;
 mod vm;
 mod vsock;
@@ -89,15 +93,15 @@ fn spy(socket: &str, secret: &str) -> io::Result<()> {
 fn run() -> io::Result<()> {
     sys::make_file_tree()?;
     let cmdline = fs::read_to_string("/proc/cmdline")?;
-    let place = Place::rig();
     let interactive = cmdline.split_whitespace().any(|w| w == "rig.interactive");
     if !interactive {
         redirect_output("/dev/ttyS1")?;
     }
     sys::load_modules()?;
     fs::set_permissions("/dev/kvm", Permissions::from_mode(0o666))?;
+    sys::make_network()?;
     if interactive {
-        return shell(&place);
+        return shell(&rig("demo")?);
     }
     thread::spawn(|| {
         loop {
@@ -110,10 +114,20 @@ fn run() -> io::Result<()> {
         .find_map(|word| word.strip_prefix("rig.run="))
         .unwrap_or_default();
     for name in names.split(',') {
+        let place = rig(name)?;
         run_scenario(&place, name);
+        fs::remove_dir_all(&place.scratch)?;
     }
     println!("{}", Line::End);
     Ok(())
+}
+
+/// The outer guest, with an empty folder for a scenario to write.
+fn rig(scenario: &str) -> io::Result<Place> {
+    let place = Place::rig(scenario);
+    fs::create_dir(&place.scratch)?;
+    vm::give_to_user(&place, &place.scratch)?;
+    Ok(place)
 }
 
 fn run_scenario(place: &Place, name: &str) {

@@ -14,13 +14,14 @@ use crate::vm::{Result, Vm};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A server on this host's loopback that answers every request with the same bytes.
-struct Server {
-    port: u16,
+pub struct Server {
+    /// Where it listens.
+    pub port: u16,
 }
 
 impl Server {
     /// Serves until the runner ends.
-    fn start(content: Arc<Vec<u8>>) -> Result<Self> {
+    pub fn start(content: Arc<Vec<u8>>) -> Result<Self> {
         let fail = |e| format!("server: {e}");
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(fail)?;
         let port = listener.local_addr().map_err(fail)?.port();
@@ -73,7 +74,7 @@ fn fetch(port: u16, path: &str) -> std::io::Result<Vec<u8>> {
 }
 
 /// A port of the loopback that is free at the moment.
-fn free_port() -> Result<u16> {
+pub fn free_port() -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
     let address = listener.and_then(|listener| listener.local_addr());
     address
@@ -82,7 +83,7 @@ fn free_port() -> Result<u16> {
 }
 
 /// Bytes that do not repeat.
-fn payload(length: usize) -> Vec<u8> {
+pub fn payload(length: usize) -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
     (0..length)
         .map(|_| {
@@ -97,13 +98,12 @@ fn payload(length: usize) -> Vec<u8> {
 /// A card on passt: DHCP, a download through the gateway, a download through a forwarded port.
 pub fn passt(place: &Place) -> Result<()> {
     const LENGTH: usize = 2_000_000;
-    let passt = place.passt.as_ref().ok_or("there is no passt here")?;
     let content = Arc::new(payload(LENGTH));
     let server = Server::start(Arc::clone(&content))?;
     let port = free_port()?;
     let net = format!(
         "user,host-loopback,forward=tcp:{port}-80,mac=02:00:00:12:34:56,mac-filter,passt={}",
-        passt.display()
+        place.passt.display()
     );
     let steps = format!("net,serve,button,poweroff anemone.fetch={}", server.port);
     let mut vm = Vm::start(place, &steps, &["--net", &net])?;
@@ -130,10 +130,9 @@ pub fn passt(place: &Place) -> Result<()> {
 /// The card's process is killed during downloads, and then passt during one.
 pub fn restart(place: &Place) -> Result<()> {
     const KILLS: usize = 12;
-    let passt = place.passt.as_ref().ok_or("there is no passt here")?;
     let content = Arc::new(payload(1_000_000));
     let server = Server::start(Arc::clone(&content))?;
-    let net = format!("user,host-loopback,passt={}", passt.display());
+    let net = format!("user,host-loopback,passt={}", place.passt.display());
     let steps = format!("net,pull,retry,poweroff anemone.fetch={}", server.port);
     let restart = ["--net", &net, "--restart", "limit=1000/60"];
     let mut vm = Vm::start(place, &steps, &restart)?;

@@ -4,6 +4,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Scenarios that write a root disk which is looked at afterwards, each one of its own. The outer
+/// guest of the rig has them as its disks, in this order.
+pub const ROOT_DISKS: [&str; 4] = ["demo", "pmem", "all-devices", "all-devices-bounce"];
+
 /// A kernel and its initial RAM file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
@@ -24,7 +28,7 @@ pub struct Place {
     pub programs: PathBuf,
     /// Guests that can be booted, the one that most scenarios use first.
     pub guests: Vec<Guest>,
-    /// Root disk of the scenario `demo`, which is looked at afterwards.
+    /// Root disk of a scenario of [`ROOT_DISKS`].
     pub disk: PathBuf,
     /// Such a disk to be copied.
     pub template: PathBuf,
@@ -32,8 +36,10 @@ pub struct Place {
     pub scratch: PathBuf,
     /// Command that runs qemu-storage-daemon, in words.
     pub storage_daemon: Vec<String>,
-    /// passt, where there is one.
-    pub passt: Option<PathBuf>,
+    /// passt.
+    pub passt: PathBuf,
+    /// Folder with curl and iperf3, their loader and their libraries, and busybox.
+    pub clients: PathBuf,
     /// User that VMs run as instead of the runner's own.
     pub user: Option<u32>,
     /// Longest that anything may take.
@@ -41,14 +47,16 @@ pub struct Place {
 }
 
 impl Place {
-    /// The outer guest, as `xtask` has packed it.
-    pub fn rig() -> Self {
+    /// The outer guest, as `xtask` has packed it, for a scenario.
+    pub fn rig(scenario: &str) -> Self {
         let words = [
             "/qsd/lib64/ld-linux-x86-64.so.2",
             "--library-path",
             "/qsd/lib",
             "/qsd/bin/qemu-storage-daemon",
         ];
+        let disk = ROOT_DISKS.iter().position(|name| *name == scenario);
+        let letter = char::from(b'a' + disk.unwrap_or(0) as u8);
         Self {
             accel: "kvm".into(),
             programs: "/bin".into(),
@@ -57,11 +65,12 @@ impl Place {
                 kernel: "/guest/kernel".into(),
                 initramfs: "/guest/initramfs".into(),
             }],
-            disk: "/dev/vda".into(),
+            disk: format!("/dev/vd{letter}").into(),
             template: "/guest/root.img".into(),
-            scratch: "/tmp".into(),
+            scratch: format!("/tmp/{scenario}").into(),
             storage_daemon: words.map(str::to_string).to_vec(),
-            passt: None,
+            passt: "/bin/passt".into(),
+            clients: "/clients".into(),
             // Root is never needed.
             user: Some(1000),
             patience: Duration::from_secs(120),
@@ -88,9 +97,10 @@ impl Place {
             format!("template={}", self.template.display()),
             format!("scratch={}", self.scratch.display()),
             format!("patience={}", self.patience.as_secs()),
+            format!("passt={}", self.passt.display()),
+            format!("clients={}", self.clients.display()),
         ];
         arguments.extend(self.storage_daemon.iter().map(|w| format!("daemon={w}")));
-        arguments.extend(self.passt.iter().map(|p| format!("passt={}", p.display())));
         for guest in &self.guests {
             arguments.push(format!("guest={}", guest.name));
             arguments.push(format!("kernel={}", guest.kernel.display()));
@@ -109,7 +119,8 @@ impl Place {
             template: PathBuf::new(),
             scratch: PathBuf::new(),
             storage_daemon: Vec::new(),
-            passt: None,
+            passt: PathBuf::new(),
+            clients: PathBuf::new(),
             user: None,
             patience: Duration::ZERO,
         };
@@ -125,7 +136,8 @@ impl Place {
                 "patience" => {
                     place.patience = Duration::from_secs(value.parse().map_err(|_| wrong())?);
                 }
-                "passt" => place.passt = Some(value.into()),
+                "passt" => place.passt = value.into(),
+                "clients" => place.clients = value.into(),
                 "daemon" => place.storage_daemon.push(value.into()),
                 "guest" => place.guests.push(Guest {
                     name: value.into(),
@@ -147,9 +159,9 @@ mod tests {
 
     #[test]
     fn arguments_say_everything_but_the_user() {
-        let mut place = Place::rig();
+        let mut place = Place::rig("pmem");
+        assert_eq!(place.disk, PathBuf::from("/dev/vdb"));
         place.accel = "soft".into();
-        place.passt = Some("/passt".into());
         place.guests.push(Guest {
             name: "rt".into(),
             kernel: "/k n=1".into(),

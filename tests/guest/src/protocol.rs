@@ -18,6 +18,8 @@ pub enum Line {
     Pass(String, u64),
     /// It has failed; why.
     Fail(String, String),
+    /// A line of a file beside the log: the file's name, and the line.
+    Keep(String, String),
     /// All scenarios have run.
     End,
     /// Log text.
@@ -41,6 +43,7 @@ impl Line {
                 Err(_) => log(),
             },
             "fail" => Line::Fail(name.to_string(), tail.to_string()),
+            "keep" => Line::Keep(name.to_string(), tail.to_string()),
             "end" => Line::End,
             _ => log(),
         }
@@ -54,6 +57,7 @@ impl std::fmt::Display for Line {
             Line::Begin(name) => write!(f, "{PREFIX}begin {name}"),
             Line::Pass(name, millis) => write!(f, "{PREFIX}pass {name} {millis}"),
             Line::Fail(name, why) => write!(f, "{PREFIX}fail {name} {}", why.replace('\n', " | ")),
+            Line::Keep(name, text) => write!(f, "{PREFIX}keep {name} {text}"),
             Line::End => write!(f, "{PREFIX}end"),
             Line::Log(text) => f.write_str(text),
         }
@@ -71,6 +75,7 @@ mod tests {
             Line::Begin("cpus-4".into()),
             Line::Pass("cpus-4".into(), 12_345),
             Line::Fail("panic".into(), "exit status 3, not 1".into()),
+            Line::Keep("doctor".into(), "  threads  2".into()),
             Line::End,
             Line::Log("[    0.000000] Linux version".into()),
         ] {

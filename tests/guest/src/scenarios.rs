@@ -1,7 +1,6 @@
 //! What is tried: each scenario is one VM, or none. They run in the outer guest of the nested rig
 //! and, with the software CPU, right on the host.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -11,7 +10,7 @@ use anemone_guest_init::jail;
 use anemone_guest_init::place::Place;
 
 use crate::vm::{self, Result, Vm};
-use crate::{kills, probe};
+use crate::{all, balloon, iperf, kills, net, probe, share, vsock};
 
 /// A scenario: its name, what it shows, and the function that runs it.
 pub struct Scenario {
@@ -133,25 +132,24 @@ pub const ALL: &[Scenario] = &[
     Scenario::new(
         "balloon",
         "memory that the balloon takes goes back to the host; statistics; deflation on OOM",
-        balloon,
+        balloon::balloon,
     )
     .only("soft"),
     Scenario::new(
         "free-page-reporting",
         "the memory of a dropped file goes back to the host",
-        free_page_reporting,
+        balloon::free_page_reporting,
     )
     .only("soft"),
     Scenario::new(
         "fs",
         "a directory of the host: programs run in it, a tree is made, renamed, archived and read back",
-        shared_directory,
-    )
-    .only("soft"),
+        share::read_write,
+    ),
     Scenario::new(
         "fs-readonly",
         "a directory of the host that the guest cannot change",
-        shared_directory_readonly,
+        share::read_only,
     )
     .only("soft"),
     Scenario::new(
@@ -175,20 +173,43 @@ pub const ALL: &[Scenario] = &[
     Scenario::new(
         "net",
         "passt: an address, a file from the host's loopback, and one through a forwarded port",
-        crate::net::passt,
-    )
-    .only("soft"),
+        net::passt,
+    ),
     Scenario::new(
         "net-restart",
         "anemone-net is killed during downloads, which go on; passt is killed, and is back",
-        crate::net::restart,
+        net::restart,
+    )
+    .only("soft"),
+    Scenario::new(
+        "iperf-passt",
+        "iperf3 to and from the host, with connections of both sides",
+        iperf::passt,
+    )
+    .only("soft"),
+    Scenario::new(
+        "iperf-taps",
+        "iperf3 between two guests on taps",
+        iperf::taps,
     )
     .only("soft"),
     Scenario::new(
         "vsock",
         "megabytes over sockets of both sides, both ways, half-closed",
-        crate::vsock::streams,
+        vsock::streams,
     ),
+    Scenario::new(
+        "all-devices",
+        "every device at work at the same time; curl both ways; what doctor says of each process",
+        all::shared,
+    )
+    .only("soft"),
+    Scenario::new(
+        "all-devices-bounce",
+        "the same while no back end sees guest memory",
+        all::bounce,
+    )
+    .only("soft"),
     Scenario::new("console-pty", "a shell on a pseudo-terminal", console_pty),
     Scenario::new(
         "serial",
@@ -488,213 +509,8 @@ fn disk_readonly(place: &Place) -> Result<()> {
     vm::expect_content(&image, &content)
 }
 
-/// MiB of guest memory that the host has pages for, by the VMM's descriptor of it.
-fn resident_mib(vm: &Vm) -> Result<u64> {
-    use std::os::unix::fs::MetadataExt;
-    let vmm = vm.process("anemone-vmm")?;
-    let folder = format!("/proc/{}/fd", vmm.pid);
-    let entries = std::fs::read_dir(&folder).map_err(|e| format!("{folder}: {e}"))?;
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let is_memory = std::fs::read_link(&path)
-            .is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:guest-memory"));
-        if is_memory {
-            let metadata = path.metadata().map_err(|e| format!("{folder}: {e}"))?;
-            return Ok((metadata.blocks() * 512) >> 20);
-        }
-    }
-    Err(format!("{folder}: no guest memory"))
-}
-
-/// Waits until the host has at most so many MiB for the guest.
-fn expect_resident(vm: &Vm, most: u64) -> Result<u64> {
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        let now = resident_mib(vm)?;
-        if now <= most {
-            return Ok(now);
-        }
-        if Instant::now() > end {
-            return Err(format!(
-                "the guest has {now} MiB of the host's memory, not {most}"
-            ));
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-}
-
-/// `anemone balloon` of this VM.
-fn ask_balloon(place: &Place, vm: &Vm, size: &[&str]) -> Result<String> {
-    let output = Command::new(place.programs.join("anemone"))
-        .args(["balloon", &vm.pid().to_string()])
-        .args(size)
-        .env_clear()
-        .output()
-        .map_err(|e| format!("anemone balloon: {e}"))?;
-    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    match output.status.success() {
-        true => {
-            println!("{text}");
-            Ok(text)
-        }
-        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
-    }
-}
-
-/// Waits until the balloon says this.
-fn expect_balloon(place: &Place, vm: &Vm, wanted: &str) -> Result<String> {
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        let text = ask_balloon(place, vm, &[])?;
-        if text.starts_with(wanted) {
-            return Ok(text);
-        }
-        if Instant::now() > end {
-            return Err(format!("the balloon says {text:?}, not {wanted:?}"));
-        }
-        thread::sleep(Duration::from_millis(200));
-    }
-}
-
-fn balloon(place: &Place) -> Result<()> {
-    let mut vm = Vm::start(
-        place,
-        "report,balloon,poweroff",
-        &["--memory", "512M", "--balloon=deflate-on-oom"],
-    )?;
-    // A file has been in the guest's memory, all of which the host then has.
-    vm.wait_for("guest: filled")?;
-    vm.type_text("\n")?;
-    vm.wait_for("guest: dropped")?;
-    let before = resident_mib(&vm)?;
-    vm.type_text("\n")?;
-    ask_balloon(place, &vm, &["300M"])?;
-    let text = expect_balloon(place, &vm, "300.0 MiB of 300.0 MiB")?;
-    for statistic in [
-        "free memory",
-        "total memory",
-        "available memory",
-        "major faults",
-    ] {
-        if !text.contains(statistic) {
-            return Err(format!("{text:?} does not tell the {statistic}"));
-        }
-    }
-    let inflated = resident_mib(&vm)?;
-    if before < 300 || inflated > 212 {
-        return Err(format!(
-            "{before} MiB before, {inflated} MiB with the balloon"
-        ));
-    }
-    vm.wait_for("guest: ballooned")?;
-    vm.type_text("\n")?;
-    // The guest has taken back what it needed.
-    vm.wait_for("guest: deflated")?;
-    let needed = resident_mib(&vm)?;
-    let text = ask_balloon(place, &vm, &["0"])?;
-    if needed < 260 || text.starts_with("300.0 MiB") {
-        return Err(format!(
-            "a file of 260 MiB in {needed} MiB, and the balloon has {text}"
-        ));
-    }
-    expect_balloon(place, &vm, "0.0 MiB of 0.0 MiB")?;
-    println!("{before} MiB, with the balloon {inflated}, after deflation {needed}");
-    vm.type_text("\n")?;
-    vm.expect_exit(0)?;
-    vm.expect_said(&["guest: done"])
-}
-
-fn free_page_reporting(place: &Place) -> Result<()> {
-    let arguments = ["--memory", "512M", "--balloon=reporting,memory=shared"];
-    let mut vm = Vm::start(place, "report,poweroff", &arguments)?;
-    vm.wait_for("guest: filled")?;
-    let large = resident_mib(&vm)?;
-    if large < 300 {
-        return Err(format!("a file of 300 MiB is in {large} MiB"));
-    }
-    vm.type_text("\n")?;
-    vm.wait_for("guest: dropped")?;
-    let small = expect_resident(&vm, large - 250)?;
-    println!("{large} MiB with the file, {small} MiB without it");
-    vm.type_text("\n")?;
-    vm.expect_exit(0)?;
-    vm.expect_said(&["guest: done"])
-}
-
-/// A directory with a payload and its checksum.
-fn make_share(place: &Place) -> Result<String> {
-    let folder = place.scratch("share");
-    std::fs::create_dir(&folder).map_err(|e| format!("{folder}: {e}"))?;
-    vm::make_disk(place, &format!("{folder}/payload"), 4096, 0x7368_6172)?;
-    checksums(&folder, "sha256sum payload > payload.sha256")?;
-    Ok(folder)
-}
-
-/// Runs sha256sum in a folder.
-fn checksums(folder: &str, command: &str) -> Result<()> {
-    let output = Command::new("sh")
-        .args(["-c", command])
-        .current_dir(folder)
-        .output()
-        .map_err(|e| format!("sha256sum: {e}"))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(format!(
-            "{command}: {}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        )),
-    }
-}
-
-fn shared_directory(place: &Place) -> Result<()> {
-    let folder = make_share(place)?;
-    let share = format!("tag=share,path={folder}");
-    let mut vm = Vm::start(place, "fs,poweroff", &["--fs", &share, "--cpus", "2"])?;
-    vm.expect_exit(0)?;
-    vm.expect_said(&["guest: share written", "guest: done"])?;
-    checksums(
-        &folder,
-        "sha256sum --strict -c sums payload.sha256 > /dev/null",
-    )?;
-    let tree = Path::new(&folder).join("tree");
-    let mut names = std::fs::read_dir(&tree)
-        .and_then(|entries| {
-            entries
-                .map(|e| Ok(e?.file_name()))
-                .collect::<std::io::Result<Vec<_>>>()
-        })
-        .map_err(|e| format!("{}: {e}", tree.display()))?;
-    names.sort();
-    // 200 files but the hundred from 100 to 199, and three others.
-    if names.len() != 103 || !names.iter().any(|name| name == "file.200") {
-        return Err(format!("the guest has left {names:?}"));
-    }
-    let link = std::fs::read_link(tree.join("link")).map_err(|e| e.to_string())?;
-    let metadata = |name: &str| std::fs::metadata(tree.join(name)).map_err(|e| e.to_string());
-    let (hard, file) = (metadata("hard")?, metadata("file.7")?);
-    if link != Path::new("deep/busybox") || hard.nlink() != 2 || file.mode() & 0o777 != 0o640 {
-        return Err(format!(
-            "{link:?}, {} links, mode {:o}",
-            hard.nlink(),
-            file.mode()
-        ));
-    }
-    Ok(())
-}
-
-fn shared_directory_readonly(place: &Place) -> Result<()> {
-    let folder = make_share(place)?;
-    let share = format!("tag=share,path={folder},readonly");
-    let mut vm = Vm::start(place, "fsro,poweroff", &["--fs", &share])?;
-    vm.expect_exit(0)?;
-    vm.expect_said(&["guest: share unchanged", "guest: done"])?;
-    checksums(
-        &folder,
-        "sha256sum --strict -c payload.sha256 > /dev/null && test ! -e new",
-    )
-}
-
 fn persistent_memory(place: &Place) -> Result<()> {
+    vm::give_to_user(place, &place.disk).map_err(|e| e.to_string())?;
     let pmem = format!("path={}", place.disk.display());
     let mut vm = Vm::start(place, "pmem,poweroff", &["--pmem", &pmem, "--cpus", "2"])?;
     vm.expect_exit(0)?;

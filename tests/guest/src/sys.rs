@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 fn check(rc: i64) -> io::Result<()> {
     if rc == 0 {
@@ -96,6 +97,29 @@ fn load_module(path: &Path) -> io::Result<()> {
             0 as libc::c_int,
         )
     })
+}
+
+/// Makes the loopback work, and a network that leads nowhere: passt takes the guest's address and
+/// route from one.
+pub fn make_network() -> io::Result<()> {
+    for words in [
+        "link set lo up",
+        "address add 192.0.2.2/24 dev dummy0",
+        "link set dummy0 up",
+        "route add default via 192.0.2.1",
+    ] {
+        let status = Command::new("/bin/ip").args(words.split(' ')).status()?;
+        if !status.success() {
+            return Err(io::Error::other(format!("ip {words}: {status}")));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a network namespace for this thread and the processes that it will start.
+pub fn leave_network() -> io::Result<()> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) }.into())
 }
 
 /// Opens a terminal and takes all processing of bytes away from it.

@@ -291,7 +291,7 @@ impl Drop for Vm {
 
 /// `anemone run` of a guest with a kernel command line of its own.
 pub fn run_command(place: &Place, guest: &Guest, cmdline: &str) -> Command {
-    let mut command = Command::new(place.programs.join("anemone"));
+    let mut command = anemone(place);
     command
         .args(["run", "--accel", &place.accel])
         .arg("--kernel")
@@ -299,11 +299,29 @@ pub fn run_command(place: &Place, guest: &Guest, cmdline: &str) -> Command {
         .arg("--initrd")
         .arg(&guest.initramfs)
         .args(["--cmdline", cmdline])
-        .env_clear()
         .current_dir(&place.scratch);
+    command
+}
+
+/// `anemone`, as the user that VMs run as.
+pub fn anemone(place: &Place) -> Command {
+    let mut command = Command::new(place.programs.join("anemone"));
+    command.env_clear();
     if let Some(user) = place.user {
         command.uid(user).gid(user);
     }
+    command
+}
+
+/// A program of [`Place::clients`].
+pub fn client(place: &Place, name: &str) -> Command {
+    let folder = &place.clients;
+    let mut command = Command::new(folder.join("lib64/ld-linux-x86-64.so.2"));
+    command
+        .arg("--library-path")
+        .arg(folder.join("lib"))
+        .arg(folder.join("bin").join(name))
+        .env_clear();
     command
 }
 

@@ -1,14 +1,14 @@
 //! Whole VMs with stock kernels on the software CPU, right on this host.
 
 use std::collections::VecDeque;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anemone_guest_init::place::{Guest, Place};
+use anemone_guest_init::place::{Guest, Place, ROOT_DISKS};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build::{self, Binaries};
@@ -73,6 +73,17 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
+/// A folder of the programs that guests run from a shared directory.
+fn clients(packages: &Packages) -> Result<PathBuf> {
+    let folder = sh::fresh_dir("guest/clients")?;
+    for (name, file) in packages.clients()? {
+        let to = folder.join(name);
+        std::fs::create_dir_all(to.parent().unwrap_or(&folder))?;
+        std::fs::copy(&file, &to).with_context(|| file.display().to_string())?;
+    }
+    Ok(folder)
+}
+
 /// What all scenarios share.
 struct Setup<'a> {
     packages: &'a Packages,
@@ -108,7 +119,8 @@ impl<'a> Setup<'a> {
             template: template.image,
             scratch: folder,
             storage_daemon: words.map(|w| w.to_string_lossy().into_owned()).collect(),
-            passt: Some(packages.passt()?),
+            passt: packages.passt()?,
+            clients: clients(packages)?,
             user: None,
             patience: PATIENCE,
         };
@@ -179,7 +191,7 @@ impl<'a> Setup<'a> {
             .outcomes
             .pop()
             .context("the runner has no verdict")?;
-        if matches!(name, "demo" | "pmem") && outcome.verdict == Verdict::Passed {
+        if ROOT_DISKS.contains(&name) && outcome.verdict == Verdict::Passed {
             outcome = Outcome::of(name, disk.verify(self.packages));
         }
         if outcome.verdict == Verdict::Passed {
