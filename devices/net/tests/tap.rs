@@ -216,15 +216,25 @@ fn ours(card: &mut Card, wanted: impl Fn(&[u8]) -> bool) -> anemone_driver::net:
 
 #[test]
 fn frames_and_offloads() {
-    if !in_namespace("frames_and_offloads") {
-        return;
+    if in_namespace("frames_and_offloads") {
+        frames_and_offloads_of(Card::connect);
     }
+}
+
+#[test]
+fn frames_and_offloads_with_a_bounce() {
+    if in_namespace("frames_and_offloads_with_a_bounce") {
+        frames_and_offloads_of(Card::bounced);
+    }
+}
+
+fn frames_and_offloads_of(connect: fn(&mut Supervised, u64, u32) -> Card) {
     let tap = open_tap("tap0", IFF_TAP | IFF_NO_PI | IFF_VNET_HDR);
     let wire = Wire::new("tap0");
     let args = ["--tap-fd", "5"];
     let mut process = Supervised::start(BINARY, &args, vec![tap]).unwrap();
     process.ready().unwrap();
-    let mut card = Card::connect(&mut process, !0, 2048);
+    let mut card = connect(&mut process, !0, 2048);
     let offloads = feature::CSUM | feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::HOST_TSO4;
     assert_eq!(card.device.features & offloads, offloads);
     for (number, length) in [60, 100, 1514].into_iter().enumerate() {
@@ -235,22 +245,26 @@ fn frames_and_offloads() {
         assert_eq!(ours(&mut card, |f| f[12..14] == [0x88, 0xb5]).frame, sent);
     }
     // Large segments pass as they are, spread over buffers.
-    let (header, large) = segment(OWN, OTHER, 20_000);
-    wire.send(header, &large);
-    let packet = ours(&mut card, is_tcp);
-    assert_eq!(packet.frame, large);
-    assert_eq!(packet.buffers, (large.len() + 12).div_ceil(2048));
-    assert_eq!(packet.header[..2], [1, 1]);
-    let (header, large) = segment(OTHER, OWN, 20_000);
-    let header: [u8; 12] = [&header[..], &[0, 0]].concat().try_into().unwrap();
-    card.tx
-        .send(&mut card.device.queues[1], &header, &large)
-        .unwrap();
-    let (seen, bytes) = wire.receive(is_tcp);
-    assert_eq!(bytes, large);
-    assert_eq!(seen[..2], [1, 1]);
+    let mut sent = None;
+    for data in [20_000, 65_400] {
+        let (header, large) = segment(OWN, OTHER, data);
+        wire.send(header, &large);
+        let packet = ours(&mut card, is_tcp);
+        assert!(packet.frame == large);
+        assert_eq!(packet.buffers, (large.len() + 12).div_ceil(2048));
+        assert_eq!(packet.header[..2], [1, 1]);
+        let (header, large) = segment(OTHER, OWN, data);
+        let header: [u8; 12] = [&header[..], &[0, 0]].concat().try_into().unwrap();
+        card.tx
+            .send(&mut card.device.queues[1], &header, &large)
+            .unwrap();
+        let (seen, bytes) = wire.receive(is_tcp);
+        assert!(bytes == large);
+        assert_eq!(seen[..2], [1, 1]);
+        sent = Some((header, large));
+    }
     // A header that makes no sense to the kernel costs the frame.
-    let mut wrong = header;
+    let (mut wrong, large) = sent.unwrap();
     wrong[6] = 0xff;
     wrong[7] = 0xff;
     card.tx
@@ -260,7 +274,7 @@ fn frames_and_offloads() {
     // Without the offloads the kernel makes segments, and computes checksums.
     drop(card);
     let without = !(feature::GUEST_TSO4 | feature::GUEST_CSUM);
-    let mut card = Card::connect(&mut process, without, 2048);
+    let mut card = connect(&mut process, without, 2048);
     let (header, large) = segment(OWN, OTHER, 20_000);
     wire.send(header, &large);
     let mut data = 0;
