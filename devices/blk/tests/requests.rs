@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anemone_driver::blk::{Blk, Requests, request, status};
-use anemone_driver::{Buffer, Device, Error, Options};
+use anemone_driver::{Bounced, Buffer, Descriptor, Device, Error, Options, flags};
 use common::{
     F_CONFIG_WCE, F_DISCARD, F_FLUSH, F_MQ, F_RO, F_WRITE_ZEROES, Image, Random, SECTOR, connect,
 };
@@ -381,4 +381,62 @@ fn random_load_without_event_index_and_without_a_cache() {
     // Each write waits for the host's disk.
     random_load("uring", less, 300);
     random_load("sync", less, 300);
+}
+
+/// What the VMM lets a driver ask of a disk with one queue that does not see guest memory.
+#[test]
+fn largest_requests_pass_with_a_bounce() {
+    const SEGMENTS: usize = 254;
+    const SEGMENT: usize = 64 << 10;
+    for io in ["uring", "sync"] {
+        let image = Image::new(SEGMENTS * SEGMENT);
+        let mut process = image.serve(io, &[]);
+        let options = Options {
+            memory: 40 << 20,
+            bounce: Some(Bounced::usual(2, 1)),
+            ..Options::default()
+        };
+        let mut device = process.device(&options).unwrap();
+        let memory = device.memory.clone();
+        // Not on pages, one behind the other.
+        let data = memory.alloc((SEGMENTS * SEGMENT) as u64 + 4096, 4096) + 512;
+        let (header, end) = (memory.alloc(16, 16), memory.alloc(1, 1));
+        let table = memory.alloc(16 * (SEGMENTS as u64 + 2), 16);
+        for (kind, written) in [(request::IN, flags::WRITE), (request::OUT, 0)] {
+            memory.write(header, &[u64::from(kind).to_le_bytes(), [0; 8]].concat());
+            memory.write(end, &[0xee]);
+            let segments = (0..SEGMENTS).map(|n| (data + (n * SEGMENT) as u64, SEGMENT, written));
+            let all = [(header, 16, 0)]
+                .into_iter()
+                .chain(segments)
+                .chain([(end, 1, flags::WRITE)]);
+            for (index, (addr, len, write)) in all.enumerate() {
+                let last = index == SEGMENTS + 1;
+                let descriptor = Descriptor {
+                    addr,
+                    len: len as u32,
+                    flags: write | if last { 0 } else { flags::NEXT },
+                    next: index as u16 + 1,
+                };
+                memory.write(table + 16 * index as u64, &descriptor.bytes());
+            }
+            let queue = &mut device.queues[0];
+            let pointer = Descriptor {
+                addr: table,
+                len: 16 * (SEGMENTS as u32 + 2),
+                flags: flags::INDIRECT,
+                next: 0,
+            };
+            queue.write_descriptor(0, &pointer);
+            queue.offer_raw(0);
+            assert!(queue.wait(PATIENCE).unwrap(), "the disk does not answer");
+            queue.take_used().unwrap();
+            assert_eq!(memory.read_vec(end, 1), [status::OK]);
+            let mut bytes = memory.read_vec(data, SEGMENTS * SEGMENT);
+            assert!(image.bytes() == bytes, "after request {kind}");
+            // What is to be written.
+            bytes.rotate_left(12_345);
+            memory.write(data, &bytes);
+        }
+    }
 }

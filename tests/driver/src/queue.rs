@@ -45,7 +45,8 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    pub(crate) fn bytes(&self) -> [u8; 16] {
+    /// As it lies in memory.
+    pub fn bytes(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
