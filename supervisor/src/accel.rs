@@ -12,6 +12,7 @@ use anemone_config::{AccelType, Sandbox, Vm};
 use log::LevelFilter;
 use thiserror::Error as ThisError;
 
+use crate::clone::Namespaces;
 use crate::error::{Error, printable, system};
 use crate::files;
 use crate::programs::Programs;
@@ -253,6 +254,7 @@ fn ask_vmm(
         program.arg(word);
     }
     program
+        .namespaces(Namespaces::New)
         .option("--parent-pid", std::process::id())
         .option("--sandbox", environment.sandbox)
         .option(

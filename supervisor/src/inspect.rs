@@ -73,6 +73,8 @@ struct Memory {
 #[derive(Debug, Serialize)]
 struct Thread {
     tid: u32,
+    /// Its number in the PID namespace of the process, as the process's own reports have it.
+    inside: u32,
     name: String,
     /// The policy that it has taken on last, where that is known.
     policy: Option<String>,
@@ -374,8 +376,9 @@ impl Process {
         for thread in &self.threads {
             let _ = writeln!(
                 text,
-                "    {:>7}  {:<15}  policy {:<10}  {} filter{}, {}, {}",
+                "    {:>7} ({:>2} inside)  {:<15}  policy {:<10}  {} filter{}, {}, {}",
                 thread.tid,
+                thread.inside,
                 thread.name,
                 thread.policy.as_deref().unwrap_or("?"),
                 thread.filters,
@@ -542,6 +545,11 @@ fn threads(pid: u32, program: &str, accel: &str) -> io::Result<Vec<Thread>> {
         threads.push(Thread {
             policy: policy_of(program, accel, &name, tid == pid, filters).map(str::to_owned),
             tid,
+            inside: field("NSpid")
+                .split_whitespace()
+                .next_back()
+                .and_then(|number| number.parse().ok())
+                .unwrap_or(tid),
             name,
             filters,
             no_new_privileges: field("NoNewPrivs") == "1",

@@ -11,6 +11,7 @@ mod accel;
 mod acpi_dump;
 mod check;
 pub mod cli;
+mod clone;
 mod control;
 mod cpu_models;
 mod devices;

@@ -2,16 +2,18 @@
 
 use std::ffi::{CString, OsString};
 use std::fmt;
+use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use thiserror::Error as ThisError;
 
+use crate::clone::{Namespaces, Start};
 use crate::sys::{self, Exit};
 
 /// A program could not be started.
@@ -51,6 +53,7 @@ pub struct Program<'a> {
     args: Vec<OsString>,
     fds: Vec<(RawFd, BorrowedFd<'a>)>,
     stdio: Stdio<'a>,
+    namespaces: Namespaces<'a>,
 }
 
 impl<'a> Program<'a> {
@@ -62,7 +65,15 @@ impl<'a> Program<'a> {
             args: vec![name.to_owned()],
             fds: Vec::new(),
             stdio: Stdio::Null,
+            namespaces: Namespaces::Same,
         }
+    }
+
+    /// Sets the namespaces in which the child begins. Where the host refuses them, that is
+    /// reported, and it begins in those of this process.
+    pub fn namespaces(&mut self, namespaces: Namespaces<'a>) -> &mut Self {
+        self.namespaces = namespaces;
+        self
     }
 
     /// Adds an argument.
@@ -118,44 +129,54 @@ impl<'a> Program<'a> {
             .iter()
             .map(|arg| CString::new(arg.clone().into_vec()))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut argv: Vec<*mut libc::c_char> =
-            args.iter().map(|arg| arg.as_ptr().cast_mut()).collect();
-        argv.push(ptr::null_mut());
-        let environment: [*mut libc::c_char; 1] = [ptr::null_mut()];
-
-        let mut actions = Actions::new()?;
+        let mut argv: Vec<*const libc::c_char> = args.iter().map(|arg| arg.as_ptr()).collect();
+        argv.push(ptr::null());
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        let mut places: Vec<_> = self
+            .fds
+            .iter()
+            .map(|(number, fd)| (fd.as_raw_fd(), *number))
+            .collect();
+        match self.stdio {
+            Stdio::Inherit => {}
+            Stdio::Null => places.extend([(null.as_raw_fd(), 0), (null.as_raw_fd(), 1)]),
+            Stdio::Output(fd) => places.extend([(null.as_raw_fd(), 0), (fd.as_raw_fd(), 1)]),
+        }
         // A source that lies where another one is going would be overwritten on the way.
         let mut moved = Vec::new();
         let end = self.first_free();
-        for (number, fd) in &self.fds {
-            let mut source = fd.as_raw_fd();
-            if source < end && source != *number {
-                let copy = sys::duplicate_from(*fd, end)?;
-                source = copy.as_raw_fd();
+        for (source, number) in &mut places {
+            if *source < end && source != number {
+                // SAFETY: open, and borrowed or owned until the end of this function.
+                let fd = unsafe { BorrowedFd::borrow_raw(*source) };
+                let copy = sys::duplicate_from(fd, end)?;
+                *source = copy.as_raw_fd();
                 moved.push(copy);
             }
-            actions.duplicate(source, *number)?;
         }
-        match self.stdio {
-            Stdio::Inherit => {}
-            Stdio::Null => actions.null(0)?.duplicate(0, 1)?,
-            Stdio::Output(fd) => actions.null(0)?.duplicate(fd.as_raw_fd(), 1)?,
-        }
-        let attributes = Attributes::new()?;
-        let mut pid = 0;
-        // SAFETY: all strings end with NUL, both lists with a null pointer; everything outlives
-        // the call.
-        let error = unsafe {
-            libc::posix_spawn(
-                &raw mut pid,
-                path.as_ptr(),
-                &raw const actions.0,
-                &raw const attributes.0,
-                argv.as_ptr(),
-                environment.as_ptr(),
-            )
+        let blocked = sys::signal_set(&LEFT_TO_SUPERVISOR);
+        let start = |namespaces| {
+            Start {
+                path: &path,
+                arguments: &argv,
+                places: &places,
+                blocked: &blocked,
+                namespaces,
+            }
+            .run()
         };
-        done(error)?;
+        let pid = match (self.namespaces, start(self.namespaces)) {
+            (Namespaces::Same, result) => result?,
+            (_, Ok(pid)) => pid,
+            (_, Err(refused)) => {
+                let pid = start(Namespaces::Same)?;
+                static REPORT: Once = Once::new();
+                REPORT.call_once(|| {
+                    log::warn!("this host refuses layers of the jail: pid-namespace: {refused}");
+                });
+                pid
+            }
+        };
         let program = self.path.file_name().unwrap_or(self.path.as_os_str());
         match sys::pidfd_open(pid) {
             Ok(pidfd) => Ok(Process {
@@ -169,86 +190,6 @@ impl<'a> Program<'a> {
                 Err(error)
             }
         }
-    }
-}
-
-/// Result of a function that returns its error number.
-fn done(error: libc::c_int) -> io::Result<()> {
-    if error == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::from_raw_os_error(error))
-    }
-}
-
-/// What happens in the child before exec.
-struct Actions(libc::posix_spawn_file_actions_t);
-
-impl Actions {
-    fn new() -> io::Result<Self> {
-        let mut actions = MaybeUninit::uninit();
-        // SAFETY: the call makes the value valid unless it fails.
-        unsafe {
-            done(libc::posix_spawn_file_actions_init(actions.as_mut_ptr()))?;
-            Ok(Self(actions.assume_init()))
-        }
-    }
-
-    /// `to` becomes a copy of `from` that stays open over exec, also where they are equal.
-    fn duplicate(&mut self, from: RawFd, to: RawFd) -> io::Result<()> {
-        // SAFETY: `self` is valid; the call checks the numbers.
-        done(unsafe { libc::posix_spawn_file_actions_adddup2(&raw mut self.0, from, to) })
-    }
-
-    fn null(&mut self, number: RawFd) -> io::Result<&mut Self> {
-        // SAFETY: `self` is valid; the path ends with NUL and is copied.
-        done(unsafe {
-            libc::posix_spawn_file_actions_addopen(
-                &raw mut self.0,
-                number,
-                c"/dev/null".as_ptr(),
-                libc::O_RDWR,
-                0,
-            )
-        })?;
-        Ok(self)
-    }
-}
-
-impl Drop for Actions {
-    fn drop(&mut self) {
-        // SAFETY: valid since `new`, and not used again.
-        unsafe { libc::posix_spawn_file_actions_destroy(&raw mut self.0) };
-    }
-}
-
-/// Signals of the child.
-struct Attributes(libc::posix_spawnattr_t);
-
-impl Attributes {
-    fn new() -> io::Result<Self> {
-        let mut attributes = MaybeUninit::uninit();
-        let blocked = sys::signal_set(&LEFT_TO_SUPERVISOR);
-        // The supervisor's runtime ignores this one.
-        let default = sys::signal_set(&[libc::SIGPIPE]);
-        let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
-        // SAFETY: the first call makes the value valid unless it fails; the sets outlive the calls.
-        unsafe {
-            done(libc::posix_spawnattr_init(attributes.as_mut_ptr()))?;
-            let mut attributes = Self(attributes.assume_init());
-            let raw = &raw mut attributes.0;
-            done(libc::posix_spawnattr_setsigmask(raw, &raw const blocked))?;
-            done(libc::posix_spawnattr_setsigdefault(raw, &raw const default))?;
-            done(libc::posix_spawnattr_setflags(raw, flags as libc::c_short))?;
-            Ok(attributes)
-        }
-    }
-}
-
-impl Drop for Attributes {
-    fn drop(&mut self) {
-        // SAFETY: valid since `new`, and not used again.
-        unsafe { libc::posix_spawnattr_destroy(&raw mut self.0) };
     }
 }
 
@@ -333,7 +274,6 @@ impl fmt::Display for Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
     use std::io::{Read, Seek};
 
     /// What a shell command of the child writes to its standard output.
@@ -390,6 +330,50 @@ mod tests {
             .filter_map(|line| line.rsplit('/').next())
             .collect();
         assert_eq!(names, ["b", "a"]);
+    }
+
+    /// What `script` writes as the first process of new namespaces.
+    fn output_in(namespaces: Namespaces<'_>, script: &str) -> String {
+        let file = tempfile::tempfile().unwrap();
+        let mut program = Program::new(Path::new("/bin/sh"));
+        program.arg("-c").arg(script).namespaces(namespaces);
+        program.stdio(Stdio::Output(file.as_fd()));
+        let mut process = program.start().unwrap();
+        assert_eq!(process.wait(Duration::from_secs(10)), Some(Exit::Status(0)));
+        let mut text = String::new();
+        let mut file = file;
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_child_begins_in_its_namespaces() {
+        let script = "echo $$ $PPID; readlink /proc/self/ns/user /proc/self/ns/pid; \
+                      grep CapPrm /proc/self/status";
+        let here = output_in(Namespaces::Same, script);
+        let new = output_in(Namespaces::New, script);
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        let (here, new) = (lines(&here), lines(&new));
+        assert!(here[0].ends_with(&format!(" {}", std::process::id())));
+        assert_eq!(new[0], "1 0");
+        assert_ne!(here[1], new[1]);
+        assert_ne!(here[2], new[2]);
+        assert_eq!(new[3], "CapPrm:\t0000000000240100");
+
+        let users = anemone_sandbox::id_namespace().unwrap();
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", users.as_raw_fd())).unwrap();
+        let given = lines(&output_in(Namespaces::Users(users.as_fd()), script));
+        assert_eq!(given[0], "1 0");
+        assert_eq!(given[1], link.to_string_lossy());
+        assert_ne!(given[2], here[2]);
+    }
+
+    #[test]
+    fn a_child_begins_here_where_the_namespaces_are_refused() {
+        let none = tempfile::tempfile().unwrap();
+        let text = output_in(Namespaces::Users(none.as_fd()), "echo $PPID");
+        assert_eq!(text.trim(), std::process::id().to_string());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anemone_ipc::Channel;
 
 use crate::accel::{Environment, Opened};
+use crate::clone::Namespaces;
 use crate::error::{Error, system};
 use crate::spawn::{Process, Program};
 
@@ -52,13 +53,14 @@ impl Vmm {
     }
 }
 
-/// The options that all children have in common.
+/// The options that all children in jails have in common, and their namespaces.
 pub fn control_options<'a>(
     program: &mut Program<'a>,
     channel: &'a std::os::fd::OwnedFd,
     environment: Environment<'_>,
 ) {
     program
+        .namespaces(Namespaces::New)
         .fd_option("--control-fd", std::os::fd::AsFd::as_fd(channel))
         .option("--parent-pid", std::process::id())
         .option("--sandbox", environment.sandbox)

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::layers::{Layer, Layers, State};
-use crate::{Error, Mode};
+use crate::{Error, Mode, report};
 
 /// What a process wants of its jail.
 #[derive(Debug, Clone)]
@@ -88,7 +88,22 @@ pub(crate) fn apply(jail: &ProcessJail) -> Result<Layers, Error> {
         return Err(Error::Threads);
     }
     layers.set(Layer::ResourceLimits, State::of(limit_resources(jail)));
-    unshare_namespaces(&mut layers, jail.share.and_then(|share| share.namespace));
+    // A process outside of its namespaces shows no parent.
+    // SAFETY: no arguments.
+    let parent = unsafe { libc::getppid() } as u32;
+    let users = match jail.share {
+        _ if parent == 0 && jail.parent_pid.is_some() => {
+            layers.set(Layer::PidNamespace, State::Active);
+            Users::Entered
+        }
+        Some(Share {
+            namespace: Some(namespace),
+            ..
+        }) => Users::Enter(namespace),
+        _ => Users::New,
+    };
+    report::remember_process();
+    unshare_namespaces(&mut layers, users);
     let root = match jail.share {
         Some(share) => change_root(share.directory),
         None => empty_root(),
@@ -121,12 +136,14 @@ pub(crate) fn apply(jail: &ProcessJail) -> Result<Layers, Error> {
     }
     layers.set(Layer::SystemCallFilter, State::of(trap_available()));
     // Last, because the kernel forgets the signal when credentials change. The question after
-    // the call closes the gap in which the parent could have died unnoticed.
+    // the call closes the gap in which the parent could have died unnoticed; the process that
+    // makes a PID namespace asks before exec, and the signal stays.
     if let Some(parent) = jail.parent_pid {
         let asked = prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
         layers.set(Layer::ParentDeath, State::of(asked));
         // SAFETY: no arguments.
-        if unsafe { libc::getppid() } as u32 != parent {
+        let now = unsafe { libc::getppid() } as u32;
+        if now != parent && !layers.is_active(Layer::PidNamespace) {
             return Err(Error::ParentGone(parent));
         }
     }
@@ -186,9 +203,20 @@ fn limit(resource: libc::__rlimit_resource_t, most: u64) -> io::Result<()> {
     }
 }
 
+/// The user namespace.
+#[derive(Debug, Clone, Copy)]
+enum Users {
+    /// To be made.
+    New,
+    /// To be entered.
+    Enter(RawFd),
+    /// The process has begun in one, with a PID namespace that belongs to it.
+    Entered,
+}
+
 /// All at once if possible, else each that the host grants: a user namespace first, because it
-/// gives an ordinary user the right to the others. One that is there already is entered.
-fn unshare_namespaces(layers: &mut Layers, users: Option<RawFd>) {
+/// gives an ordinary user the right to the others.
+fn unshare_namespaces(layers: &mut Layers, users: Users) {
     const NAMESPACES: [(Layer, libc::c_int); 5] = [
         (Layer::UserNamespace, libc::CLONE_NEWUSER),
         (Layer::MountNamespace, libc::CLONE_NEWNS),
@@ -199,9 +227,13 @@ fn unshare_namespaces(layers: &mut Layers, users: Option<RawFd>) {
     // SAFETY: integers only.
     let unshare = |flags| check(unsafe { libc::unshare(flags) });
     let mut namespaces = &NAMESPACES[..];
-    if let Some(users) = users {
+    let entered = match users {
+        Users::New => None,
         // SAFETY: integers only.
-        let entered = check(unsafe { libc::setns(users, libc::CLONE_NEWUSER) });
+        Users::Enter(users) => Some(check(unsafe { libc::setns(users, libc::CLONE_NEWUSER) })),
+        Users::Entered => Some(Ok(())),
+    };
+    if let Some(entered) = entered {
         layers.set(Layer::UserNamespace, State::of(entered));
         namespaces = &NAMESPACES[1..];
     }
@@ -285,7 +317,7 @@ fn unlinked_directory() -> io::Result<OwnedFd> {
         write!(
             &mut name[..63],
             "{parent}/anemone-jail-{}",
-            std::process::id()
+            report::process()
         )?;
         let Ok(name) = CStr::from_bytes_until_nul(&name) else {
             continue;
@@ -463,12 +495,19 @@ pub fn probe() -> io::Result<Layers> {
         parent_pid: Some(std::process::id()),
         ..ProcessJail::default()
     };
-    // SAFETY: the child only makes system calls, allocates nothing and ends in _exit.
-    let child = unsafe { libc::fork() };
-    check(child)?;
+    // As the supervisor does: a process begins in its PID namespace.
+    let namespaces = libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
+    let mut pid_namespace = State::Active;
+    let mut child = fork_into(namespaces);
+    if let Err(refused) = child {
+        pid_namespace = State::of(Err(refused));
+        child = fork_into(0);
+    }
+    let child = child?;
     if child == 0 {
         let status = match apply(&jail) {
-            Ok(layers) => {
+            Ok(mut layers) => {
+                layers.set(Layer::PidNamespace, pid_namespace);
                 let bytes = layers.to_bytes();
                 // SAFETY: the array has that length. A pipe takes it whole.
                 unsafe { libc::write(write.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
@@ -485,6 +524,16 @@ pub fn probe() -> io::Result<Layers> {
     // SAFETY: a null status is allowed; the child is ours and nobody else waits for it.
     unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
     answer.map(|()| Layers::from_bytes(&bytes))
+}
+
+/// Forks into new namespaces; 0 for the child, which may only make system calls, allocate nothing and
+/// end in _exit.
+fn fork_into(namespaces: libc::c_int) -> io::Result<libc::pid_t> {
+    let flags = libc::c_long::from(namespaces | libc::SIGCHLD);
+    // SAFETY: as fork(2): nothing is shared, and the stack is a copy of this one.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    check(child)?;
+    Ok(child as libc::pid_t)
 }
 
 /// Closes all descriptors but 0, 1, 2 and those in `keep`.

@@ -15,6 +15,9 @@ pub enum Layer {
     ResourceLimits,
     /// A user namespace without any user.
     UserNamespace,
+    /// No other process has a number here. It is begun in, and so for the process that starts this
+    /// one to make.
+    PidNamespace,
     /// A mount namespace of its own.
     MountNamespace,
     /// System V IPC and POSIX message queues of its own.
@@ -42,10 +45,11 @@ pub enum Layer {
 
 impl Layer {
     /// All layers in the order of their application.
-    pub const ALL: [Layer; 14] = [
+    pub const ALL: [Layer; 15] = [
         Layer::ParentDeath,
         Layer::ResourceLimits,
         Layer::UserNamespace,
+        Layer::PidNamespace,
         Layer::MountNamespace,
         Layer::IpcNamespace,
         Layer::UtsNamespace,
@@ -65,6 +69,7 @@ impl Layer {
             Layer::ParentDeath => "parent-death",
             Layer::ResourceLimits => "resource-limits",
             Layer::UserNamespace => "user-namespace",
+            Layer::PidNamespace => "pid-namespace",
             Layer::MountNamespace => "mount-namespace",
             Layer::IpcNamespace => "ipc-namespace",
             Layer::UtsNamespace => "uts-namespace",

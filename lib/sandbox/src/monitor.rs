@@ -167,10 +167,8 @@ fn monitor(cell: &AtomicI32, inherited: &'static Filter) {
                 let count = counter.fetch_add(1, Ordering::Relaxed).saturating_add(1);
                 if count <= 3 || count.is_power_of_two() {
                     let thread = asked.thread as i32;
-                    let process = std::process::id() as i32;
                     let (call, let_through) = (asked.call, Some(count));
                     Denied {
-                        process,
                         thread,
                         thread_name,
                         call,

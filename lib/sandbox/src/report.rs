@@ -3,7 +3,37 @@
 
 use std::fmt::{self, Write as _};
 
+use std::sync::atomic::{AtomicI32, Ordering};
+
 use crate::filter::Call;
+
+/// The id of this process as others know it; 0 while it is not known.
+static PROCESS: AtomicI32 = AtomicI32::new(0);
+
+/// Asks for the id of this process, once. In a PID namespace of its own the process is number 1; the
+/// host's `/proc` has the number that others know, as long as a path leads there. Allocates nothing.
+pub(crate) fn remember_process() {
+    if PROCESS.load(Ordering::Relaxed) != 0 {
+        return;
+    }
+    let mut name = [0u8; 16];
+    // SAFETY: the call writes at most the length given, without a NUL.
+    let length = unsafe {
+        let path = c"/proc/self".as_ptr();
+        libc::readlink(path, name.as_mut_ptr().cast(), name.len())
+    };
+    let name = usize::try_from(length).ok().and_then(|n| name.get(..n));
+    let pid = name.and_then(|name| str::from_utf8(name).ok()?.parse().ok());
+    PROCESS.store(
+        pid.unwrap_or(std::process::id().cast_signed()),
+        Ordering::Relaxed,
+    );
+}
+
+/// The id of this process as others know it.
+pub(crate) fn process() -> i32 {
+    PROCESS.load(Ordering::Relaxed)
+}
 
 /// Text of bounded length on the stack; what is too long is cut off.
 pub(crate) struct Line {
@@ -52,7 +82,7 @@ impl fmt::Display for ThreadName {
 
 /// A denied call and who made it.
 pub(crate) struct Denied<'a> {
-    pub(crate) process: i32,
+    /// Its number in the PID namespace of the process.
     pub(crate) thread: i32,
     pub(crate) thread_name: ThreadName,
     pub(crate) call: Call,
@@ -72,7 +102,7 @@ impl Denied<'_> {
             line,
             "{role}: denied: process {}, thread {} \"{}\": {} ({}) args [{a:#x}, {b:#x}, {c:#x}, \
              {d:#x}, {e:#x}, {f:#x}] at rip {:#x}; not in policy \"{}\"",
-            self.process,
+            process(),
             self.thread,
             self.thread_name,
             self.call.name(),

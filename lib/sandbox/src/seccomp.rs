@@ -6,17 +6,14 @@ use std::io;
 use std::mem;
 use std::ptr;
 use std::sync::Once;
-use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::filter::{Call, Filter, Instruction};
 use crate::report::{Denied, Line, ThreadName};
-use crate::{Error, Mode, monitor};
+use crate::{Error, Mode, monitor, report};
 
 /// The policies of this process by their index, for the report.
 static POLICIES: [AtomicPtr<Filter>; 16] = [const { AtomicPtr::new(ptr::null_mut()) }; 16];
-
-/// The id of this process, for the report.
-static PROCESS: AtomicI32 = AtomicI32::new(0);
 
 thread_local! {
     /// Id and name of a thread that has restricted itself; of one that only inherits a policy the
@@ -55,9 +52,7 @@ pub fn restrict(filter: &'static Filter, mode: Mode) -> Result<(), Error> {
         Mode::On => {
             install_reporter();
             // Asked now, because a report may not ask.
-            if PROCESS.load(Ordering::Relaxed) == 0 {
-                PROCESS.store(std::process::id() as i32, Ordering::Relaxed);
-            }
+            report::remember_process();
             THREAD.set((thread_id(), thread_name().0));
             if let Some(slot) = POLICIES.get(usize::from(filter.index)) {
                 slot.store(ptr::from_ref(filter).cast_mut(), Ordering::Release);
@@ -160,7 +155,6 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, context: *mu
             .map_or("?", |filter| filter.name);
         let (thread, thread_name) = THREAD.get();
         Denied {
-            process: PROCESS.load(Ordering::Relaxed),
             thread,
             thread_name: ThreadName(thread_name),
             call,

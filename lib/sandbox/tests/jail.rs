@@ -13,7 +13,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
 use anemone_sandbox::{Layer, Layers, Mode, ProcessJail, State, close_extra_fds, enter, probe};
-use common::{User, call, filter, forbid, run, start, users};
+use common::{User, call, filter, forbid, run, start, start_in, users};
 
 fn jail() -> ProcessJail {
     // SAFETY: no arguments.
@@ -26,14 +26,15 @@ fn jail() -> ProcessJail {
     }
 }
 
-/// All layers but those that the namespaces give; those are the host's to refuse.
+/// All layers but the one that the process that starts another makes.
 fn assert_complete(layers: &Layers) {
     for layer in Layer::ALL {
         assert!(
-            layers.is_active(layer),
+            layers.is_active(layer) || layer == Layer::PidNamespace,
             "this host refuses layers:\n{layers}"
         );
     }
+    assert_eq!(layers.state(Layer::PidNamespace), State::NotAsked);
 }
 
 fn open(path: &str, flags: libc::c_int) -> i64 {
@@ -163,6 +164,44 @@ fn no_process_can_be_touched_and_no_privilege_gained() {
         assert_eq!(outcome.exit, Some(0), "{user:?}: {}", outcome.stderr);
         assert_eq!(sibling.finish().exit, Some(0));
     }
+}
+
+#[test]
+fn in_a_pid_namespace_there_is_nobody_else() {
+    let mut sibling = start(User::Same, |handle| {
+        handle.pause();
+        0
+    });
+    assert!(sibling.wait_for_pause());
+    let target = sibling.pid as u64;
+    let parent_pid = Some(std::process::id());
+    let namespaces = libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
+    let main = filter("main", 0, "");
+    let child = start_in(namespaces, User::Same, |_| {
+        let layers = enter(&ProcessJail {
+            parent_pid,
+            ..jail()
+        })
+        .unwrap();
+        for layer in Layer::ALL {
+            assert!(layers.is_active(layer), "{layers}");
+        }
+        // Not even whether it is there can be found out.
+        let nobody = -i64::from(libc::ESRCH);
+        assert_eq!(call(libc::SYS_kill, [target, 0, 0, 0, 0, 0]), nobody);
+        let attach = u64::from(libc::PTRACE_ATTACH);
+        assert_eq!(call(libc::SYS_ptrace, [attach, target, 0, 0, 0, 0]), nobody);
+        anemone_sandbox::restrict(main, Mode::On).unwrap();
+        call(libc::SYS_sync, [0; 6]);
+        0
+    });
+    let pid = child.pid;
+    let outcome = child.finish();
+    // The report has the number that others know.
+    let report = format!("denied: process {pid}, thread 1 ");
+    assert_eq!(outcome.signal, Some(libc::SIGSYS), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains(&report), "{}", outcome.stderr);
+    assert_eq!(sibling.finish().exit, Some(0));
 }
 
 #[test]
@@ -390,8 +429,14 @@ fn probing_changes_nothing_here() {
     };
     assert_eq!(privileges(&before), privileges(&after));
     assert!(open("/etc/passwd", libc::O_RDONLY) >= 0);
-    let outcome = run(User::Same, || i32::from(enter(&jail()).unwrap() != layers));
+    let outcome = run(User::Same, || {
+        let own = enter(&jail()).unwrap();
+        let same = |layer| own.state(layer) == layers.state(layer);
+        let mut others = Layer::ALL.into_iter().filter(|l| *l != Layer::PidNamespace);
+        i32::from(!others.all(same))
+    });
     assert_eq!(outcome.exit, Some(0), "{}", outcome.stderr);
+    assert!(layers.is_active(Layer::PidNamespace), "{layers}");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use anemone_ipc::device::{Balloon, ToDevice};
 use anemone_ipc::{Channel, FdIndex};
 
 use crate::accel::Environment;
+use crate::clone::Namespaces;
 use crate::error::{Error, system};
 use crate::files::{self, PmemFile};
 use crate::net::{self, OpenCard};
@@ -293,7 +294,9 @@ impl Part {
                     .option("--owner", share.owner)
                     .option("--queues", share.queues);
                 if let Some(namespace) = namespace {
-                    program.fd_option("--namespace-fd", namespace.as_fd());
+                    program
+                        .namespaces(Namespaces::Users(namespace.as_fd()))
+                        .fd_option("--namespace-fd", namespace.as_fd());
                 }
                 if share.readonly {
                     program.arg("--readonly");

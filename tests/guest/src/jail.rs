@@ -91,6 +91,10 @@ pub fn problems(process: &Process, files: &[&str]) -> Vec<String> {
             Err(error) => found.push(format!("{program} thread {tid}: {error}")),
         }
     }
+    if is_jailed(program) {
+        let wrong = namespace_problems(*pid, std::process::id());
+        found.extend(wrong.map(|wrong| format!("{program}: {wrong}")));
+    }
     if found.is_empty() && fs::metadata(format!("/proc/{pid}/task")).is_err() {
         found.push(format!("{program}: process {pid} is gone"));
     }
@@ -121,6 +125,28 @@ pub fn problems(process: &Process, files: &[&str]) -> Vec<String> {
         Err(error) => found.push(format!("{program}: memory: {error}")),
     }
     found
+}
+
+/// Whether a program is in a jail of ours from its start: the supervisor starts others, and passt
+/// has a jail of its own.
+fn is_jailed(program: &str) -> bool {
+    !matches!(program, "anemone" | "anemone-passt" | "passt")
+}
+
+/// Namespaces that a process shares with another one, and its number in its own PID namespace.
+fn namespace_problems(pid: u32, other: u32) -> impl Iterator<Item = String> {
+    let link = |pid: u32, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).ok();
+    let names = ["user", "pid", "mnt", "ipc", "uts", "cgroup"].into_iter();
+    let shared = names.filter(move |name| {
+        let theirs = link(pid, name);
+        theirs.is_none() || theirs == link(other, name)
+    });
+    let shared = shared.map(|name| format!("the {name} namespace is not its own"));
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let number = field(&status, "NSpid").and_then(|numbers| numbers.split_whitespace().nth(1));
+    let first = number == Some("1");
+    let second = (!first).then(|| "it is not the first process of a PID namespace".to_owned());
+    shared.chain(second)
 }
 
 /// Guest memory, as the kernel names it.
@@ -260,6 +286,8 @@ mod tests {
         let me = std::process::id();
         let family = family(me);
         assert_eq!(family[0].pid, me);
+        let shared: Vec<_> = namespace_problems(me, me).collect();
+        assert_eq!(shared.len(), 7, "{shared:?}");
         assert!(
             problems(&family[0], &[])
                 .iter()
