@@ -242,6 +242,7 @@ mod tests {
             ],
             ports: vec![(0x600, 3, "power".to_owned())],
             pci: vec![(8, "1af4:1042".to_owned(), "disk0".to_owned())],
+            landlock: 0,
         };
         let text = comments(&machine);
         assert!(

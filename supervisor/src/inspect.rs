@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::control::protocol::Status;
+use crate::control::protocol::{self, Status};
 use crate::doctor::POLICIES;
 use crate::error::{Error, printable};
 use crate::registry::VMM;
@@ -47,6 +47,11 @@ struct Process {
     /// Namespaces, and whether each is the process's own (not that of this command).
     namespaces: BTreeMap<&'static str, bool>,
     root: String,
+    /// Version of Landlock's interface, as the process has told when it was ready; absent where it has
+    /// not.
+    landlock: Option<u32>,
+    /// What it may open by name with that.
+    reaches: Vec<String>,
     limits: BTreeMap<&'static str, String>,
     threads: Vec<Thread>,
     policies: Vec<Policy>,
@@ -107,7 +112,8 @@ impl Report {
         let ram = guest_memory(&pids);
         let mut processes = Vec::new();
         for pid in pids {
-            match Process::look(pid, &vm.accel, ram.as_ref()) {
+            let told = vm.processes.iter().find(|p| p.pid == Some(pid));
+            match Process::look(pid, &vm.accel, ram.as_ref(), told) {
                 Ok(process) => processes.push(process),
                 // It has ended meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -229,7 +235,12 @@ impl<'a> Mapping<'a> {
 }
 
 impl Process {
-    fn look(pid: u32, accel: &str, ram: Option<&(String, u64)>) -> io::Result<Self> {
+    fn look(
+        pid: u32,
+        accel: &str,
+        ram: Option<&(String, u64)>,
+        told: Option<&protocol::Process>,
+    ) -> io::Result<Self> {
         let folder = format!("/proc/{pid}");
         let words = words(pid);
         let program = program(pid).unwrap_or_default();
@@ -306,6 +317,8 @@ impl Process {
             memory,
             namespaces: namespaces(&folder),
             root: root(&folder),
+            landlock: told.and_then(|told| told.landlock),
+            reaches: told.map(|told| told.reaches.clone()).unwrap_or_default(),
             limits: limits(&folder),
             threads,
             policies,
@@ -342,6 +355,7 @@ impl Process {
             list(&shared)
         );
         let _ = writeln!(text, "  root          {}", self.root);
+        let _ = writeln!(text, "  landlock      {}", self.landlock_text());
         let _ = writeln!(text, "  guest memory  {}", self.memory.text());
         let limits: Vec<_> = self
             .limits
@@ -417,6 +431,30 @@ impl Process {
                 let _ = writeln!(text, "    {}", names.join(" "));
             }
         }
+    }
+}
+
+impl Process {
+    /// What Landlock leaves of what has a name on the host.
+    fn landlock_text(&self) -> String {
+        let Some(abi) = self.landlock.filter(|abi| *abi > 0) else {
+            return match self.landlock {
+                Some(_) => "NOT IN USE: this kernel has none".to_owned(),
+                None => "not in use".to_owned(),
+            };
+        };
+        let files = match self.reaches.as_slice() {
+            [] => "no file".to_owned(),
+            places => format!("of all files only {}", places.join(", ")),
+        };
+        let ports = if abi < 4 { "" } else { "; no TCP port" };
+        let others = match (abi, self.program.as_str()) {
+            (..6, _) => "",
+            // It ends those that it has started before.
+            (_, SUPERVISOR) => "; no abstract socket",
+            _ => "; no abstract socket, no signal to others",
+        };
+        format!("ABI {abi}: {files}{ports}{others}")
     }
 }
 

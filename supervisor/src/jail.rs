@@ -6,21 +6,28 @@ use anemone_sandbox::Mode;
 
 use crate::accel::Opened;
 use crate::error::Error;
+use crate::reach::{self, Place};
 
 anemone_sandbox::include_policies!();
 
-/// Gives up all privileges and takes on the system-call policy.
+/// Gives up all privileges and all files but `places`, and takes on the system-call policy. Returns the
+/// version of Landlock's interface in use; 0 where there is none.
 ///
 /// Not under `--sandbox log`: a process tree has room for one listener, and the children need it.
-pub fn enter(sandbox: Sandbox, accel: &Opened) -> Result<(), Error> {
+pub fn enter(sandbox: Sandbox, accel: &Opened, places: &[Place]) -> Result<u32, Error> {
     let policy = match accel {
         Opened::Soft => &policies::SOFT,
         Opened::Kvm(_) | Opened::None(_) => &policies::MAIN,
     };
     let failed = |e: &dyn std::fmt::Display| Error::Failed(format!("the supervisor's jail: {e}"));
     anemone_sandbox::renounce().map_err(|e| failed(&e))?;
+    let landlock = reach::narrow_to(places).unwrap_or_else(|error| {
+        log::warn!("this host refuses a layer of the supervisor's jail: landlock: {error}");
+        0
+    });
     match sandbox {
-        Sandbox::On => anemone_sandbox::restrict(policy, Mode::On).map_err(|e| failed(&e)),
-        Sandbox::Log => Ok(()),
+        Sandbox::On => anemone_sandbox::restrict(policy, Mode::On).map_err(|e| failed(&e))?,
+        Sandbox::Log => {}
     }
+    Ok(landlock)
 }

@@ -22,6 +22,7 @@ mod inspect;
 mod jail;
 mod net;
 mod programs;
+mod reach;
 mod registry;
 mod run;
 mod sink;

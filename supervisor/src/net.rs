@@ -164,7 +164,7 @@ impl Keeper {
             .recv::<FromDevice>()
             .map(|received| received.message)
         {
-            Ok(FromDevice::Ready) => Ok(()),
+            Ok(FromDevice::Ready { .. }) => Ok(()),
             Ok(FromDevice::Failed { message }) => Err(failed(&message)),
             Ok(_) => Err(failed("the keeper of passt broke the protocol")),
             Err(error) => Err(failed(&format!(

@@ -20,6 +20,8 @@ pub struct Vmm {
     pub process: Process,
     /// The channel to it, non-blocking.
     pub channel: Channel,
+    /// Version of Landlock's interface that its jail uses, as it has told when it was ready.
+    pub landlock: u32,
 }
 
 impl Vmm {
@@ -44,6 +46,7 @@ impl Vmm {
         Ok(Self {
             process: program.start()?,
             channel,
+            landlock: 0,
         })
     }
 

@@ -46,6 +46,7 @@ pub fn build(
     received: &mut Received<ToVmm>,
     prepared: accel::Prepared,
     mode: Mode,
+    landlock: u32,
 ) -> Result<Machine, Error> {
     if config.version != VERSION {
         return Err(Error::Protocol(
@@ -193,6 +194,7 @@ pub fn build(
             .map(|(p, n, what)| (p, n, what.to_owned()))
             .collect(),
         pci,
+        landlock,
     };
     Ok(Machine {
         board,

@@ -16,8 +16,9 @@ pub struct Settings {
 /// Descriptors this process may have: a few per device, queue and vCPU.
 const OPEN_FILES: u64 = 16_384;
 
-/// Enters the jail; from here on only the main policy's system calls are left.
-pub fn enter(settings: &Settings) -> Result<(), Error> {
+/// Enters the jail; from here on only the main policy's system calls are left. Returns the version of
+/// Landlock's interface in use; 0 where there is none.
+pub fn enter(settings: &Settings) -> Result<u32, Error> {
     let layers = anemone_sandbox::enter(&ProcessJail {
         mode: settings.mode,
         parent_pid: settings.parent_pid,
@@ -25,7 +26,8 @@ pub fn enter(settings: &Settings) -> Result<(), Error> {
         ..ProcessJail::default()
     })?;
     log::info!("jail: {layers}");
-    Ok(anemone_sandbox::restrict(&policies::MAIN, settings.mode)?)
+    anemone_sandbox::restrict(&policies::MAIN, settings.mode)?;
+    Ok(layers.landlock_abi())
 }
 
 /// Narrows the calling thread, which is about to run a vCPU of an accelerator.

@@ -108,13 +108,13 @@ fn serve(jail: &jail::Settings, soft_cpus: u32) -> Result<(), Error> {
     }
     let prepared = Prepared::new(soft_cpus)?;
     let channel = Channel::new(inherited_fd(CONTROL_FD)?);
-    jail::enter(jail)?;
+    let landlock = jail::enter(jail)?;
     let mut received = channel.recv::<ToVmm>()?;
     let ToVmm::Configure(config) = &received.message else {
         return Err(Error::Protocol("the first message is not a configuration"));
     };
     let config = config.as_ref().clone();
-    let machine = match build::build(&config, &mut received, prepared, jail.mode) {
+    let machine = match build::build(&config, &mut received, prepared, jail.mode, landlock) {
         Ok(machine) => machine,
         Err(e) => {
             channel.send(

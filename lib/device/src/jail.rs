@@ -11,12 +11,13 @@ const OPEN_FILES: u64 = 64;
 /// Descriptors for each virtqueue: those of the protocol, and what a device adds.
 const OPEN_FILES_PER_QUEUE: u64 = 16;
 
-/// Gives up everything that serving the device does not need.
+/// Gives up everything that serving the device does not need. Returns the version of Landlock's
+/// interface in use; 0 where there is none.
 pub fn enter(
     common: &Common,
     device: &mut dyn Device,
     filter: &'static Filter,
-) -> Result<(), Box<dyn Error>> {
+) -> Result<u32, Box<dyn Error>> {
     let queues = device.queue_count() as u64;
     let mut jail = ProcessJail {
         mode: common.sandbox,
@@ -25,9 +26,10 @@ pub fn enter(
         ..ProcessJail::default()
     };
     device.widen(&mut jail);
-    anemone_sandbox::enter(&jail)?;
+    let layers = anemone_sandbox::enter(&jail)?;
     device
         .start_threads()
         .map_err(|e| format!("cannot start threads: {e}"))?;
-    Ok(anemone_sandbox::restrict(filter, common.sandbox)?)
+    anemone_sandbox::restrict(filter, common.sandbox)?;
+    Ok(layers.landlock_abi())
 }

@@ -164,9 +164,9 @@ impl<D: Device> MainLoop<D> {
         if let Some(listener) = &self.listener {
             listener.set_nonblocking(true)?;
         }
-        jail::enter(common, &mut self.device, filter)?;
+        let landlock = jail::enter(common, &mut self.device, filter)?;
         self.device.attach(&self.host);
-        self.host.send(&FromDevice::Ready);
+        self.host.send(&FromDevice::Ready { landlock });
         Ok(())
     }
 

@@ -56,7 +56,10 @@ pub enum ToDevice {
 #[serde(rename_all = "kebab-case")]
 pub enum FromDevice {
     /// The process is in its jail and serves.
-    Ready,
+    Ready {
+        /// Version of Landlock's interface that its jail uses; 0 where the host has none.
+        landlock: u32,
+    },
     /// It cannot serve; it exits after this.
     Failed {
         /// What was wrong, for the user.

@@ -173,6 +173,8 @@ pub struct Summary {
     pub ports: Vec<(u16, u16, String)>,
     /// PCI functions: slot, vendor:device, name.
     pub pci: Vec<(u8, String, String)>,
+    /// Version of Landlock's interface that the VMM's jail uses; 0 where the host has none.
+    pub landlock: u32,
 }
 
 /// What can happen to a running guest.

@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use crate::landlock::{Access, Grant, landlock};
 use crate::layers::{Layer, Layers, State};
 use crate::{Error, Mode, report};
 
@@ -121,7 +122,14 @@ pub(crate) fn apply(jail: &ProcessJail) -> Result<Layers, Error> {
         Layer::NoNewPrivileges,
         State::of(prctl(libc::PR_SET_NO_NEW_PRIVS, 1)),
     );
-    match landlock(jail.share) {
+    let share = jail.share.map(|share| Grant {
+        object: share.directory,
+        access: match share.writable {
+            true => Access::Change,
+            false => Access::Read,
+        },
+    });
+    match landlock(share.as_slice(), false) {
         Ok(abi) => {
             layers.set(Layer::Landlock, State::Active);
             layers.set_landlock_abi(abi);
@@ -164,7 +172,7 @@ pub fn renounce() -> io::Result<()> {
 }
 
 /// The result of a system call that answers 0 or more on success.
-fn check(result: impl Into<i64>) -> io::Result<()> {
+pub(crate) fn check(result: impl Into<i64>) -> io::Result<()> {
     if result.into() < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -342,7 +350,7 @@ fn unlinked_directory() -> io::Result<OwnedFd> {
 ///
 /// # Safety
 /// `result` must be negative or a descriptor that nothing else owns.
-unsafe fn owned(result: impl Into<i64>) -> io::Result<OwnedFd> {
+pub(crate) unsafe fn owned(result: impl Into<i64>) -> io::Result<OwnedFd> {
     let result = result.into();
     check(result)?;
     // SAFETY: as the caller says; descriptors are small numbers.
@@ -379,91 +387,6 @@ fn keep_capabilities(keep: u64) -> io::Result<()> {
     // SAFETY: the header is a version and this thread's number 0; the data are twice three words
     // of 32 capabilities: effective, permitted, inheritable.
     check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) })
-}
-
-/// Denies all that this kernel's Landlock handles, but in a share; returns the version of its
-/// interface.
-fn landlock(share: Option<Share>) -> io::Result<u32> {
-    // linux/landlock.h.
-    const CREATE_VERSION: libc::c_long = 1;
-    /// Rights on files, as many bits as the interface version has.
-    const FILE_RIGHTS: [u32; 5] = [13, 14, 15, 15, 16];
-    const BIND_AND_CONNECT_TCP: u64 = 3;
-    const ABSTRACT_SOCKETS_AND_SIGNALS: u64 = 3;
-    let none: *const u64 = std::ptr::null();
-    // SAFETY: this form takes no memory.
-    let abi = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            none,
-            0usize,
-            CREATE_VERSION,
-        )
-    };
-    check(abi)?;
-    let abi = abi as usize;
-    let bits = FILE_RIGHTS[abi.clamp(1, FILE_RIGHTS.len()) - 1];
-    let handled = [
-        (1u64 << bits) - 1,
-        BIND_AND_CONNECT_TCP,
-        ABSTRACT_SOCKETS_AND_SIGNALS,
-    ];
-    let known: usize = match abi {
-        ..4 => 1,
-        4..6 => 2,
-        _ => 3,
-    };
-    // SAFETY: the structure is 64-bit masks, the first `known` of which this kernel knows.
-    unsafe {
-        let size = known * size_of::<u64>();
-        let ruleset = owned(libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            handled.as_ptr(),
-            size,
-            0,
-        ))?;
-        if let Some(share) = share {
-            landlock_allow(ruleset.as_raw_fd(), share, handled[0])?;
-        }
-        check(libc::syscall(
-            libc::SYS_landlock_restrict_self,
-            ruleset.as_raw_fd(),
-            0,
-        ))?;
-    }
-    Ok(abi as u32)
-}
-
-/// Adds a share to a ruleset that handles the rights on files `handled`.
-fn landlock_allow(ruleset: RawFd, share: Share, handled: u64) -> io::Result<()> {
-    // linux/landlock.h.
-    const PATH_BENEATH: libc::c_long = 1;
-    const EXECUTE: u64 = 1 << 0;
-    const READ_FILE: u64 = 1 << 2;
-    const READ_DIRECTORY: u64 = 1 << 3;
-    const IOCTL_OF_DEVICES: u64 = 1 << 15;
-    #[repr(C, packed)]
-    struct Rule {
-        allowed: u64,
-        parent: i32,
-    }
-    let rule = Rule {
-        allowed: match share.writable {
-            true => handled & !(EXECUTE | IOCTL_OF_DEVICES),
-            false => READ_FILE | READ_DIRECTORY,
-        },
-        parent: share.directory,
-    };
-    // SAFETY: a rule of the type named, which outlives the call.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_landlock_add_rule,
-            ruleset,
-            PATH_BENEATH,
-            &raw const rule,
-            0,
-        )
-    })
 }
 
 /// Whether the kernel's filters can trap.

@@ -12,8 +12,10 @@ use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
-use anemone_sandbox::{Layer, Layers, Mode, ProcessJail, State, close_extra_fds, enter, probe};
-use common::{User, call, filter, forbid, run, start, start_in, users};
+use anemone_sandbox::{
+    Access, Grant, Layer, Layers, Mode, ProcessJail, State, close_extra_fds, enter, probe,
+};
+use common::{User, call, filter, forbid, run, start, users};
 
 fn jail() -> ProcessJail {
     // SAFETY: no arguments.
@@ -167,44 +169,6 @@ fn no_process_can_be_touched_and_no_privilege_gained() {
 }
 
 #[test]
-fn in_a_pid_namespace_there_is_nobody_else() {
-    let mut sibling = start(User::Same, |handle| {
-        handle.pause();
-        0
-    });
-    assert!(sibling.wait_for_pause());
-    let target = sibling.pid as u64;
-    let parent_pid = Some(std::process::id());
-    let namespaces = libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
-    let main = filter("main", 0, "");
-    let child = start_in(namespaces, User::Same, |_| {
-        let layers = enter(&ProcessJail {
-            parent_pid,
-            ..jail()
-        })
-        .unwrap();
-        for layer in Layer::ALL {
-            assert!(layers.is_active(layer), "{layers}");
-        }
-        // Not even whether it is there can be found out.
-        let nobody = -i64::from(libc::ESRCH);
-        assert_eq!(call(libc::SYS_kill, [target, 0, 0, 0, 0, 0]), nobody);
-        let attach = u64::from(libc::PTRACE_ATTACH);
-        assert_eq!(call(libc::SYS_ptrace, [attach, target, 0, 0, 0, 0]), nobody);
-        anemone_sandbox::restrict(main, Mode::On).unwrap();
-        call(libc::SYS_sync, [0; 6]);
-        0
-    });
-    let pid = child.pid;
-    let outcome = child.finish();
-    // The report has the number that others know.
-    let report = format!("denied: process {pid}, thread 1 ");
-    assert_eq!(outcome.signal, Some(libc::SIGSYS), "{}", outcome.stderr);
-    assert!(outcome.stderr.contains(&report), "{}", outcome.stderr);
-    assert_eq!(sibling.finish().exit, Some(0));
-}
-
-#[test]
 fn proc_shows_the_jail() {
     let main = filter("main", 0, "");
     for user in users() {
@@ -344,6 +308,109 @@ fn without_landlock_the_other_layers_stay() {
         });
         assert_eq!(outcome.exit, Some(0), "{user:?}: {}", outcome.stderr);
     }
+}
+
+/// What `open` answers for each path under rules that leave one object to one use.
+fn opened_under(object: &std::path::Path, access: Access, paths: &[(&str, libc::c_int)]) -> String {
+    let outcome = run(User::Same, || {
+        let object = std::fs::File::open(object).unwrap();
+        let grant = Grant {
+            object: object.as_raw_fd(),
+            access,
+        };
+        anemone_sandbox::landlock(&[grant], true).unwrap();
+        let opens = |at: &usize| open(paths[*at].0, paths[*at].1) >= 0;
+        (0..paths.len()).filter(opens).map(|at| 1 << at).sum()
+    });
+    let opened = outcome.exit.expect("an exit status");
+    let sign = |at| if opened >> at & 1 == 1 { '+' } else { '-' };
+    (0..paths.len()).map(sign).collect()
+}
+
+#[test]
+fn landlock_leaves_what_is_granted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (file, other, new) = (path("file"), path("other"), path("new"));
+    for name in [&file, &other] {
+        std::fs::write(name, "text").unwrap();
+    }
+    let all = [
+        (file.as_str(), libc::O_RDONLY),
+        (&file, libc::O_RDWR),
+        (&other, libc::O_RDONLY),
+        (&new, libc::O_RDWR | libc::O_CREAT),
+        ("/etc/passwd", libc::O_RDONLY),
+    ];
+    let beneath = folder.path();
+    let single = beneath.join("file");
+    for (object, access, expected) in [
+        (beneath, Access::Read, "+-+--"),
+        (beneath, Access::Change, "++++-"),
+        (&single, Access::ReadFile, "+----"),
+        (&single, Access::ReadWriteFile, "++---"),
+        (beneath, Access::Execute, "+-+--"),
+        (beneath, Access::Remove, "-----"),
+    ] {
+        let opened = opened_under(object, access, &all);
+        assert_eq!(opened, expected, "{access:?}");
+        let _ = std::fs::remove_file(&new);
+    }
+}
+
+#[test]
+fn landlock_leaves_names_to_be_removed_and_programs_to_be_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    for (access, removes, starts) in [
+        (Access::Remove, true, false),
+        (Access::Execute, false, true),
+        (Access::Read, false, false),
+    ] {
+        std::fs::copy("/proc/self/exe", &file).unwrap();
+        let outcome = run(User::Same, || {
+            let object = std::fs::File::open(folder.path()).unwrap();
+            let grant = Grant {
+                object: object.as_raw_fd(),
+                access,
+            };
+            anemone_sandbox::landlock(&[grant], true).unwrap();
+            assert_eq!(std::fs::remove_file(&file).is_ok(), removes, "{access:?}");
+            let path = CString::new(file.to_str().unwrap()).unwrap();
+            call(libc::SYS_dup2, [2, 1, 0, 0, 0, 0]);
+            // The program is this one: it lists its tests.
+            let list = c"--list";
+            let arguments = [path.as_ptr(), list.as_ptr(), std::ptr::null()];
+            let environment = [std::ptr::null::<u8>()];
+            let arguments = arguments.as_ptr() as u64;
+            let environment = environment.as_ptr() as u64;
+            call(
+                libc::SYS_execve,
+                [path.as_ptr() as u64, arguments, environment, 0, 0, 0],
+            );
+            7
+        });
+        assert_eq!(outcome.exit == Some(0), starts, "{access:?} {outcome:?}");
+    }
+}
+
+#[test]
+fn landlock_tells_signals_apart() {
+    let mut sibling = start(User::Same, |handle| {
+        handle.pause();
+        0
+    });
+    assert!(sibling.wait_for_pause());
+    let target = sibling.pid as u64;
+    for (signals, expected) in [(true, 0), (false, -i64::from(libc::EPERM))] {
+        let outcome = run(User::Same, || {
+            let abi = anemone_sandbox::landlock(&[], signals).unwrap();
+            let sent = call(libc::SYS_kill, [target, 0, 0, 0, 0, 0]);
+            i32::from(abi >= 6 && sent != expected)
+        });
+        assert_eq!(outcome.exit, Some(0), "{signals}");
+    }
+    assert_eq!(sibling.finish().exit, Some(0));
 }
 
 #[test]

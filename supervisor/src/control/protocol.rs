@@ -158,6 +158,13 @@ pub struct Process {
     /// What it sees of guest memory: `none`, `shared` (all of it), or `bounce` (a region of its own,
     /// through which the VMM copies).
     pub memory: String,
+    /// Version of Landlock's interface that its jail uses, as it has told; 0 where the host has none.
+    /// Absent for back ends that somebody else has started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub landlock: Option<u32>,
+    /// What it may open by name then: paths, and what for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reaches: Vec<String>,
     /// Why the guest has never used the device, if so.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub untouched: Option<String>,

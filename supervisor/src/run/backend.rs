@@ -17,6 +17,7 @@ use crate::error::{Error, system};
 use crate::files::{self, PmemFile};
 use crate::net::{self, OpenCard};
 use crate::programs::Programs;
+use crate::reach::Place;
 use crate::registry;
 use crate::sink::{self, OpenSink};
 use crate::spawn::{Process, Program};
@@ -187,6 +188,7 @@ impl Prepared {
                     process: None,
                     channel: None,
                     ready: false,
+                    landlock: 0,
                     stream: None,
                     next: None,
                     restarts: Restarts::new(limit, Instant::now()),
@@ -384,6 +386,8 @@ pub struct Child {
     pub channel: Option<Channel>,
     /// It has said that it serves.
     pub ready: bool,
+    /// Version of Landlock's interface that its jail uses, as it has told with that.
+    pub landlock: u32,
     /// Its end of the byte stream of the 16550, which one process after the other serves.
     stream: Option<UnixStream>,
     /// A connection for the next process, whose other end a VMM that is starting has already.
@@ -411,6 +415,14 @@ impl Child {
         if self.process.is_some() {
             self.channel = None;
             self.planned = Some(now + PLANNED_LIMIT);
+        }
+    }
+
+    /// What its process may open by name.
+    pub fn reaches(&self) -> Vec<String> {
+        match &self.part {
+            Part::Share { share, .. } => vec![Place::of_share(share).text()],
+            _ => Vec::new(),
         }
     }
 

@@ -11,6 +11,7 @@ use super::{Phase, Session};
 use crate::control::protocol::{Process, Request, Response, Status};
 use crate::control::server::{ClientId, Waits};
 use crate::error::Error;
+use crate::reach::Place;
 use crate::registry;
 
 /// How long the VMM may take to tell what the guest makes of its devices; without it a status says
@@ -174,15 +175,20 @@ impl Session<'_> {
             restarts: 0,
             last_pause: None,
             memory: "none".to_owned(),
+            landlock: None,
+            reaches: Vec::new(),
             untouched: None,
         };
         let supervisor = Process {
             program: std::env::current_exe().ok(),
+            landlock: Some(self.landlock),
+            reaches: self.places.iter().map(Place::text).collect(),
             ..process("supervisor", Some(pid))
         };
         let vmm = Process {
             program: Some(self.host.vmm_path.clone()),
             memory: "shared".to_owned(),
+            landlock: Some(self.vmm.landlock),
             ..process("vmm", Some(self.vmm.process.pid()))
         };
         let mut processes = vec![supervisor, vmm];
@@ -207,6 +213,8 @@ impl Session<'_> {
                     device.pid = child.process.as_ref().map(crate::spawn::Process::pid);
                     device.program = Some(child.path().to_owned());
                     device.restarts = child.restarts.count;
+                    device.landlock = Some(child.landlock);
+                    device.reaches = child.reaches();
                 }
                 Running::Elsewhere(external) => {
                     device.socket = Some(external.path().to_owned());

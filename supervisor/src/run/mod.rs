@@ -37,13 +37,14 @@ use crate::control::server::{Server, Waits};
 use crate::error::{Error, printable, system};
 use crate::jail;
 use crate::programs::Programs;
+use crate::reach::{self, Place};
 use crate::registry;
 use crate::spawn::Process;
 use crate::sys::{self, Exit, Signals};
 use crate::terminal::RawMode;
 use crate::vmm::Vmm;
 use crate::wiring::{BootFiles, PmemFiles, Wiring};
-use backend::{Backend, Prepared};
+use backend::{Backend, Child, Prepared};
 use recovery::Why;
 
 /// Time the processes may take until all are ready. Unpacking a kernel in a VM within a VM is slow.
@@ -139,6 +140,9 @@ struct Session<'a> {
     raw_mode: Option<RawMode>,
     /// Whether this process still has what only its start needed.
     untrimmed: bool,
+    /// What it still reaches by name, with which version of Landlock (0: none, all is reached).
+    places: Vec<Place>,
+    landlock: u32,
     /// A guest that resets over and over must not make this host start processes as fast as it can.
     resets: anemone_log::Limiter,
 }
@@ -229,15 +233,27 @@ impl<'a> Session<'a> {
             dump_to,
             raw_mode: None,
             untrimmed: true,
+            places: Vec::new(),
+            landlock: 0,
             resets: anemone_log::Limiter::new(),
         };
         session.configure()?;
         // All is open, and the children are busy: this costs the start no time. The tables are
         // written first, by a process that may still do so.
         if session.dump_to.is_none() {
-            jail::enter(host.vm.config.sandbox, &host.accel)?;
+            session.enter_jail()?;
         }
         Ok(session)
+    }
+
+    fn enter_jail(&mut self) -> Result<(), Error> {
+        let vm = self.host.vm;
+        let children = self.backends.iter().filter_map(Backend::child);
+        let programs = children.map(Child::path);
+        let programs = programs.chain([self.host.vmm_path.as_path()]);
+        self.places = reach::of(vm, programs, self.control.as_ref().map(Server::path));
+        self.landlock = jail::enter(vm.config.sandbox, &self.host.accel, &self.places)?;
+        Ok(())
     }
 
     fn configure(&mut self) -> Result<(), Error> {
@@ -399,9 +415,10 @@ impl<'a> Session<'a> {
                 Err(error) => return Err(self.vmm_nonsense(&error.to_string())),
             };
             let turn = match message {
-                FromVmm::Ready(_) => match &mut self.phase {
+                FromVmm::Ready(summary) => match &mut self.phase {
                     Phase::Starting { vmm_ready, .. } if !*vmm_ready => {
                         *vmm_ready = true;
+                        self.vmm.landlock = summary.landlock;
                         Turn::Continue
                     }
                     _ => return Err(self.vmm_nonsense("it was ready already")),
@@ -517,7 +534,10 @@ impl<'a> Session<'a> {
                 break;
             };
             match &received.message {
-                FromDevice::Ready => child.ready = true,
+                &FromDevice::Ready { landlock } => {
+                    child.ready = true;
+                    child.landlock = landlock;
+                }
                 FromDevice::Failed { message } => {
                     return self.backend_down(index, Why::Said(&printable(message)));
                 }
@@ -587,7 +607,7 @@ impl<'a> Session<'a> {
         }
         if let Some((folder, file)) = self.dump_to.take() {
             acpi_dump::write(file, folder)?;
-            jail::enter(self.host.vm.config.sandbox, &self.host.accel)?;
+            self.enter_jail()?;
         }
         self.vmm.channel.send(&ToVmm::Start, &[])?;
         self.phase = Phase::Running;

@@ -8,10 +8,12 @@
 //! - `NAME.log`: what the process called NAME was given.
 
 use std::env;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::exit;
 use std::time::Duration;
 
@@ -55,14 +57,14 @@ fn after(args: &[String], name: &str) -> Option<String> {
     args.get(at + 1).cloned()
 }
 
+/// Has the test write a line into a file: a process that is started under a running guest may open
+/// none for writing. Returns when it is there.
 fn note(folder: &Path, name: &str, text: &str) {
-    let path: PathBuf = folder.join(format!("{name}.log"));
-    let mut log = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .expect("log");
-    writeln!(log, "{text}").expect("log");
+    let mut notes = UnixStream::connect(folder.join("notes")).expect("notes");
+    writeln!(notes, "{name}.log {text}").expect("notes");
+    notes.shutdown(Shutdown::Write).expect("notes");
+    let end = notes.read(&mut [0]).expect("notes");
+    assert_eq!(end, 0);
 }
 
 fn descriptors() -> String {
@@ -161,6 +163,7 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
                 memory_map: vec![(0, config.memory, "RAM".to_owned())],
                 ports: vec![(0x600, 1, "sleep control".to_owned())],
                 pci: vec![(0, "1234:5678".to_owned(), "host bridge".to_owned())],
+                landlock: 0,
             })),
             "start" => match channel.recv::<ToVmm>() {
                 Ok(received) => assert!(matches!(received.message, ToVmm::Start)),
@@ -264,7 +267,7 @@ fn device(folder: &Path, channel: &Channel, args: &[String]) {
     for step in line.split_whitespace() {
         let (word, value) = step.split_once(':').unwrap_or((step, ""));
         match word {
-            "ready" => send(&FromDevice::Ready),
+            "ready" => send(&FromDevice::Ready { landlock: 0 }),
             "fail" => send(&FromDevice::Failed {
                 message: value.to_owned(),
             }),

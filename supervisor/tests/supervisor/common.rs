@@ -1,8 +1,8 @@
 //! A folder with fake programs, and the real `anemone` in front of them.
 
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -44,6 +44,7 @@ impl Lab {
         ] {
             fs::copy(&fake, lab.path(name)).unwrap();
         }
+        lab.take_notes();
         lab.write("vmm.script", "ready start shutdown");
         lab.write("kernel", "a kernel");
         lab
@@ -57,6 +58,27 @@ impl Lab {
         let path = self.path(name);
         fs::write(&path, content).unwrap();
         path
+    }
+
+    /// Writes down what the fake processes have to say: a name and a line each.
+    fn take_notes(&self) {
+        let notes = UnixListener::bind(self.path("notes")).unwrap();
+        let folder = self.folder.path().to_owned();
+        thread::spawn(move || {
+            for note in notes.incoming() {
+                // Closed when the line is written, which is what the other side waits for.
+                let mut note = note.unwrap();
+                let mut text = String::new();
+                note.read_to_string(&mut text).unwrap();
+                let (file, line) = text.split_once(' ').unwrap();
+                let mut log = File::options()
+                    .append(true)
+                    .create(true)
+                    .open(folder.join(file))
+                    .unwrap();
+                log.write_all(line.as_bytes()).unwrap();
+            }
+        });
     }
 
     /// What the fake process called `name` has noted.

@@ -233,7 +233,7 @@ impl Supervised {
     /// It says something else, or ends.
     pub fn ready(&self) -> Result<()> {
         match self.control.recv::<FromDevice>()?.message {
-            FromDevice::Ready => Ok(()),
+            FromDevice::Ready { .. } => Ok(()),
             _ => Err(Error::Timeout("it is not ready")),
         }
     }

@@ -185,7 +185,7 @@ fn collect(
             Err(error) => return Err(error.into()),
         };
         match received.message {
-            FromDevice::Ready if until_ready => return Ok(()),
+            FromDevice::Ready { .. } if until_ready => return Ok(()),
             FromDevice::Keep { key, fd } => {
                 let fd: FdIndex = fd;
                 kept.insert(key, received.take(fd)?);
@@ -204,7 +204,7 @@ fn collect(
                 }
             }
             FromDevice::Failed { .. } => return Err(Error::Timeout("it has failed")),
-            FromDevice::Ready
+            FromDevice::Ready { .. }
             | FromDevice::Balloon(_)
             | FromDevice::QuitRequested
             | FromDevice::PowerRequested => {}

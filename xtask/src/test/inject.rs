@@ -23,8 +23,31 @@ pub struct Call {
     pub arguments: [u64; 3],
 }
 
-/// Makes the thread `tid` of process `pid` execute a call. The process must die of SIGSYS.
-pub fn must_be_killed(pid: u32, tid: u32, call: Call) -> Result<()> {
+/// Makes the thread `tid` of process `pid` execute a call. It must raise SIGSYS, with which the
+/// process is left alone: the first process of a PID namespace does not die of it while it is traced.
+pub fn must_be_denied(pid: u32, tid: u32, call: Call) -> Result<()> {
+    match execute(pid, tid, call, "")? {
+        None => Ok(()),
+        Some(result) => bail!("{} was not denied: it returned {result}", call.name),
+    }
+}
+
+/// What `openat` answers in the first thread of a process, which stays stopped.
+pub fn openat(pid: u32, path: &str, flags: i32) -> Result<i64> {
+    let call = Call {
+        name: "openat",
+        number: libc::SYS_openat,
+        // AT_FDCWD as a signed 32-bit number.
+        arguments: [0xFFFF_FF9C, TEXT, flags as u64],
+    };
+    execute(pid, pid, call, path)?.context("openat was denied")
+}
+
+/// An argument that stands for the address of a text.
+const TEXT: u64 = 0xDEAD_BEEF_0000_0000;
+
+/// Makes a thread execute a call. The result is the call's, or none if a filter denied it.
+fn execute(pid: u32, tid: u32, call: Call, text: &str) -> Result<Option<i64>> {
     let gadget = find_syscall(pid)?;
     let tid = tid as i32;
     ptrace(libc::PTRACE_SEIZE, tid, 0).context("ptrace seize")?;
@@ -39,26 +62,33 @@ pub fn must_be_killed(pid: u32, tid: u32, call: Call) -> Result<()> {
     regs.rax = call.number as u64;
     // Not in a system call any more: nothing is to be restarted.
     regs.orig_rax = u64::MAX;
-    [regs.rdi, regs.rsi, regs.rdx] = call.arguments;
+    // Below what the thread itself has on its stack (System V ABI, red zone).
+    let address = regs.rsp - 1024;
+    let memory = File::options()
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))?;
+    memory.write_all_at(&[text.as_bytes(), &[0]].concat(), address)?;
+    let value = |argument| if argument == TEXT { address } else { argument };
+    [regs.rdi, regs.rsi, regs.rdx] = call.arguments.map(value);
     ptrace(libc::PTRACE_SETREGS, tid, &raw const regs as u64).context("ptrace set registers")?;
 
-    // The filter's signal, and whatever else comes, goes to the process as if we were not there:
-    // its handler reports the denial and ends it. A step is enough to see a call that returns.
+    // What comes goes to the process as if we were not there: its handler of the filter's signal
+    // reports the denial and ends it. A step is enough to see a call that returns.
     let mut signal = 0;
     let end = Instant::now() + Duration::from_secs(10);
-    let mut request = libc::PTRACE_SINGLESTEP;
     loop {
         ensure!(
             Instant::now() < end,
             "{} neither returned nor was denied",
             call.name
         );
-        ptrace(request, tid, signal).context("ptrace continue")?;
+        ptrace(libc::PTRACE_SINGLESTEP, tid, signal).context("ptrace continue")?;
         let status = wait(tid)?;
         if libc::WIFSIGNALED(status) {
-            let by = libc::WTERMSIG(status);
-            ensure!(by == libc::SIGSYS, "ended by signal {by}, not by SIGSYS");
-            return Ok(());
+            bail!(
+                "ended by signal {} before it was denied",
+                libc::WTERMSIG(status)
+            );
         }
         if libc::WIFEXITED(status) {
             bail!(
@@ -68,22 +98,19 @@ pub fn must_be_killed(pid: u32, tid: u32, call: Call) -> Result<()> {
             );
         }
         match libc::WSTOPSIG(status) {
-            libc::SIGTRAP if request == libc::PTRACE_SINGLESTEP => {
+            libc::SIGTRAP => {
                 let at = &raw mut regs as u64;
                 ptrace(libc::PTRACE_GETREGS, tid, at).context("ptrace get registers")?;
-                ensure!(
-                    regs.rip != gadget + SYSCALL.len() as u64,
-                    "{} was not denied: it returned {}",
-                    call.name,
-                    regs.rax as i64
-                );
+                if regs.rip == gadget + SYSCALL.len() as u64 {
+                    return Ok(Some(regs.rax as i64));
+                }
                 signal = 0;
             }
             libc::SIGSYS => {
-                signal = libc::SIGSYS as u64;
-                request = libc::PTRACE_CONT;
+                let signal = libc::SIGSYS as u64;
+                ptrace(libc::PTRACE_DETACH, tid, signal).context("ptrace detach")?;
+                return Ok(None);
             }
-            libc::SIGTRAP => signal = 0,
             other => signal = other as u64,
         }
     }
@@ -157,7 +184,7 @@ mod tests {
             number: libc::SYS_getppid,
             arguments: [0; 3],
         };
-        let error = must_be_killed(pid, pid, call).unwrap_err().to_string();
+        let error = must_be_denied(pid, pid, call).unwrap_err().to_string();
         let own = std::process::id();
         assert_eq!(error, format!("getppid was not denied: it returned {own}"));
     }

@@ -95,6 +95,8 @@ fn run_with(setup: &Setup<'_>, outcomes: &mut Vec<Outcome>) {
         outcomes.push(Outcome::of(&name, Err(why.into())));
         return;
     }
+    let name = format!("{accel}: the supervisor reaches what it needs and no other file");
+    outcomes.push(Outcome::of(&name, setup.supervisor_is_narrow()));
     let mut denied = |who: &str, program: &str, call: Call, thread: Option<&str>| {
         let name = format!("{accel}: {who} cannot {}", call.name);
         let result = setup.is_denied(program, call, thread);
@@ -240,6 +242,35 @@ impl<'a> Setup<'a> {
         Ok(())
     }
 
+    /// Landlock leaves the supervisor, whose filter allows `openat`, what it needs for a restart.
+    fn supervisor_is_narrow(&self) -> Result<()> {
+        const FOLDER: i32 = libc::O_RDONLY | libc::O_DIRECTORY;
+        let refused = -i64::from(libc::EACCES);
+        let disk = self.disk.to_string_lossy();
+        let share = self.share.to_string_lossy();
+        for (path, flags, allowed) in [
+            ("/dev/null", libc::O_RDWR, true),
+            (&disk, libc::O_RDWR, true),
+            (&share, FOLDER, true),
+            ("/", FOLDER, false),
+            ("/etc/passwd", libc::O_RDONLY, false),
+            ("/proc", FOLDER, false),
+            (&self.kernel.to_string_lossy(), libc::O_RDONLY, false),
+        ] {
+            let running = self.start()?;
+            let result = inject::openat(running.child.0.id(), path, flags)?;
+            ensure!(
+                if allowed {
+                    result >= 0
+                } else {
+                    result == refused
+                },
+                "opening {path} with {flags:#o} answered {result}"
+            );
+        }
+        Ok(())
+    }
+
     /// Makes the call on a thread whose name begins so, or on the first of the process.
     fn is_denied(&self, program: &str, call: Call, thread: Option<&str>) -> Result<()> {
         let mut running = self.start()?;
@@ -248,7 +279,7 @@ impl<'a> Setup<'a> {
             Some(name) => running.thread(name)?,
             None => process.pid,
         };
-        inject::must_be_killed(process.pid, thread, call)?;
+        inject::must_be_denied(process.pid, thread, call)?;
         let status = sh::wait_limited(&mut running.child.0, Duration::from_secs(20))?;
         let said = self.said();
         ensure!(
@@ -259,6 +290,10 @@ impl<'a> Setup<'a> {
             said.contains(call.name) && said.contains(program),
             "the report does not name {} and {program}:\n{said}",
             call.name
+        );
+        ensure!(
+            said.contains("was killed by SIGSYS"),
+            "it did not die of it:\n{said}"
         );
         Ok(())
     }

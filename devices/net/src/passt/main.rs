@@ -108,7 +108,7 @@ fn main() -> ExitCode {
     let control = Channel::new(options.control);
     let net = Channel::new(options.net);
     let result = start(&options.settings).and_then(|passt| {
-        control.send(&FromDevice::Ready, &[])?;
+        control.send(&FromDevice::Ready { landlock: 0 }, &[])?;
         net.set_nonblocking(true)?;
         Keeper {
             settings: &options.settings,

@@ -109,7 +109,8 @@ pub fn start(user: User, body: impl FnOnce(&Handle) -> i32) -> Child {
     start_in(0, user, body)
 }
 
-/// The same in new namespaces (`CLONE_NEW…`).
+/// The same in new namespaces (`CLONE_NEW…`), for a test that is alone in its process: what a thread
+/// holds locked at that moment stays locked in the child.
 pub fn start_in(namespaces: i32, user: User, body: impl FnOnce(&Handle) -> i32) -> Child {
     let (stderr, stderr_child) = pipe();
     let (go_child, go) = pipe();
@@ -117,7 +118,10 @@ pub fn start_in(namespaces: i32, user: User, body: impl FnOnce(&Handle) -> i32) 
     // SAFETY: the child has one thread and leaves by _exit.
     unsafe {
         let flags = libc::c_long::from(namespaces | libc::SIGCHLD);
-        let pid = libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as i32;
+        let pid = match namespaces {
+            0 => libc::fork(),
+            _ => libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as i32,
+        };
         assert!(pid >= 0);
         if pid == 0 {
             libc::dup2(stderr_child.as_raw_fd(), 2);
