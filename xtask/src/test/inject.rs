@@ -73,8 +73,11 @@ fn execute(pid: u32, tid: u32, call: Call, text: &str) -> Result<Option<i64>> {
     ptrace(libc::PTRACE_SETREGS, tid, &raw const regs as u64).context("ptrace set registers")?;
 
     // What comes goes to the process as if we were not there: its handler of the filter's signal
-    // reports the denial and ends it. A step is enough to see a call that returns.
+    // reports the denial and ends it. A step is enough to see a call that returns; its trap may come
+    // after the signal, and would end the process if it were alone then.
     let mut signal = 0;
+    let mut denied = false;
+    let mut request = libc::PTRACE_SINGLESTEP;
     let end = Instant::now() + Duration::from_secs(10);
     loop {
         ensure!(
@@ -82,13 +85,15 @@ fn execute(pid: u32, tid: u32, call: Call, text: &str) -> Result<Option<i64>> {
             "{} neither returned nor was denied",
             call.name
         );
-        ptrace(libc::PTRACE_SINGLESTEP, tid, signal).context("ptrace continue")?;
+        ptrace(request, tid, signal).context("ptrace continue")?;
         let status = wait(tid)?;
         if libc::WIFSIGNALED(status) {
-            bail!(
-                "ended by signal {} before it was denied",
-                libc::WTERMSIG(status)
+            let by = libc::WTERMSIG(status);
+            ensure!(
+                denied && by == libc::SIGSYS,
+                "ended by signal {by}, not by SIGSYS"
             );
+            return Ok(None);
         }
         if libc::WIFEXITED(status) {
             bail!(
@@ -98,6 +103,10 @@ fn execute(pid: u32, tid: u32, call: Call, text: &str) -> Result<Option<i64>> {
             );
         }
         match libc::WSTOPSIG(status) {
+            libc::SIGTRAP if denied => {
+                ptrace(libc::PTRACE_DETACH, tid, 0).context("ptrace detach")?;
+                return Ok(None);
+            }
             libc::SIGTRAP => {
                 let at = &raw mut regs as u64;
                 ptrace(libc::PTRACE_GETREGS, tid, at).context("ptrace get registers")?;
@@ -106,10 +115,15 @@ fn execute(pid: u32, tid: u32, call: Call, text: &str) -> Result<Option<i64>> {
                 }
                 signal = 0;
             }
-            libc::SIGSYS => {
+            libc::SIGSYS if denied => {
                 let signal = libc::SIGSYS as u64;
                 ptrace(libc::PTRACE_DETACH, tid, signal).context("ptrace detach")?;
                 return Ok(None);
+            }
+            libc::SIGSYS => {
+                signal = libc::SIGSYS as u64;
+                denied = true;
+                request = libc::PTRACE_CONT;
             }
             other => signal = other as u64,
         }
