@@ -364,12 +364,12 @@ impl Process {
             .collect();
         let _ = writeln!(text, "  limits        {}", limits.join(", "));
         let _ = writeln!(text, "  descriptors");
-        // Descriptors that look alike are one line.
+        // Descriptors that look alike are one line, and so are those that differ in a number only.
         let mut lines: Vec<(&Descriptor, usize)> = Vec::new();
         for fd in &self.descriptors {
             match lines
                 .iter_mut()
-                .find(|(first, _)| first.target == fd.target)
+                .find(|(first, _)| kind(&first.target) == kind(&fd.target))
             {
                 Some((_, count)) => *count += 1,
                 None => lines.push((fd, 1)),
@@ -495,6 +495,14 @@ impl Rule {
     }
 }
 
+/// A descriptor's target without the number of a socket, pipe or namespace.
+fn kind(target: &str) -> &str {
+    match target.split_once(":[") {
+        Some((kind @ ("socket" | "pipe" | "user"), _)) => kind,
+        _ => target,
+    }
+}
+
 /// What a descriptor is good for.
 fn meaning(target: &str) -> &'static str {
     const MEANINGS: &[(&str, &str)] = &[
@@ -503,6 +511,7 @@ fn meaning(target: &str) -> &'static str {
         ("/memfd:", "memory shared with another process"),
         ("socket:", "a connection, made before the jail or handed in"),
         ("pipe:", "a pipe"),
+        ("user:[", "the user namespace of a device process"),
         (
             "anon_inode:[eventfd",
             "an event counter: kick, interrupt or wake-up",
@@ -523,7 +532,7 @@ fn meaning(target: &str) -> &'static str {
     ];
     let known = MEANINGS.iter().find(|(start, _)| target.starts_with(start));
     known.map_or(
-        "a file that the configuration names, or standard error",
+        "named by the configuration, or below what it names, or standard error",
         |(_, meaning)| meaning,
     )
 }
@@ -647,6 +656,14 @@ mod tests {
             Mapping::parse("7ffc0000-7ffc1000 r-xp 0 00:00 0").is_some_and(|m| m.path.is_empty())
         );
         assert!(Mapping::parse("nonsense").is_none());
+    }
+
+    #[test]
+    fn descriptors_that_look_alike_have_one_kind() {
+        assert_eq!(kind("socket:[17]"), kind("socket:[18]"));
+        assert_ne!(kind("socket:[17]"), kind("pipe:[17]"));
+        assert_ne!(kind("anon_inode:[eventfd]"), kind("anon_inode:[pidfd]"));
+        assert_ne!(kind("/a:[1]"), kind("/a:[2]"));
     }
 
     #[test]
