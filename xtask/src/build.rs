@@ -152,9 +152,10 @@ pub fn guest_runner() -> Result<PathBuf> {
     program("anemone-guest-init")
 }
 
-/// Inside a guest: connections to the host and back.
-pub fn guest_sockets() -> Result<PathBuf> {
-    Ok(guest_runner()?.with_file_name("anemone-guest-vsock"))
+/// Programs for the inside of guests: connections to the host and back, and loads of devices.
+pub fn guest_programs() -> Result<[PathBuf; 2]> {
+    let runner = guest_runner()?;
+    Ok(["anemone-guest-vsock", "anemone-guest-load"].map(|name| runner.with_file_name(name)))
 }
 
 /// The program of a package that is not part of any build configuration and has its name.

@@ -11,6 +11,8 @@ use crate::packages::Packages;
 use crate::sh;
 
 const PAYLOAD_BYTES: usize = 1 << 20;
+/// Options of a file system with blocks as large as pages: persistent memory is mapped by blocks.
+const PAGES: [&str; 4] = ["-q", "-F", "-b", "4096"];
 
 /// An ext4 image with a payload, its SHA-256, and a token that the guest must write back.
 #[derive(Debug)]
@@ -45,8 +47,8 @@ impl RootDisk {
         sh::quiet(
             packages
                 .tool("mkfs.ext4")?
-                // A block as large as a page: persistent memory is mapped by blocks.
-                .args(["-q", "-F", "-b", "4096", "-L", "anemone", "-d"])
+                .args(PAGES)
+                .args(["-L", "anemone", "-d"])
                 .arg(&content)
                 .arg(image)
                 .arg("16M"),
@@ -80,6 +82,26 @@ impl RootDisk {
         }
         Ok(())
     }
+}
+
+/// An image with a file system that holds files under the names they have in it, of a size that
+/// persistent memory can have.
+pub fn of_files(packages: &Packages, files: &[(String, PathBuf)], image: &Path) -> Result<()> {
+    let content = image.with_extension("content");
+    sh::fresh(&content)?;
+    let mut bytes = 0;
+    for (name, file) in files {
+        let path = content.join(name);
+        sh::fresh(&path)?;
+        bytes += fs::copy(file, &path).with_context(|| file.display().to_string())?;
+    }
+    sh::fresh(image)?;
+    let mut make = packages.tool("mkfs.ext4")?;
+    make.args(PAGES).arg("-d").arg(&content).arg(image);
+    let size = ((bytes >> 20) * 5 / 4 + 8).next_multiple_of(16);
+    sh::quiet(make.arg(format!("{size}M")))?;
+    fs::remove_dir_all(&content)?;
+    Ok(())
 }
 
 /// The file system in an image must be sound.

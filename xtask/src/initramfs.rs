@@ -116,8 +116,11 @@ pub fn guest(packages: &Packages) -> Result<Guest> {
 
 /// The guest under test with a given kernel.
 pub fn guest_with(packages: &Packages, kernel: &Kernel) -> Result<Guest> {
-    let program = build::guest_sockets()?;
-    let programs = [("bin/anemone-guest-vsock", program.as_path())];
+    let [sockets, load] = build::guest_programs()?;
+    let programs = [
+        ("bin/anemone-guest-vsock", sockets.as_path()),
+        ("bin/anemone-guest-load", load.as_path()),
+    ];
     small(
         packages,
         kernel,

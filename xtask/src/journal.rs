@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
-use anemone_guest_init::protocol::Line;
+use anemone_guest_init::protocol::{FIGURES, Line};
 use anyhow::{Context, Result, bail};
 
 use crate::report::{Outcome, Verdict};
@@ -21,6 +21,8 @@ pub struct Journal {
     running: Option<Running>,
     /// Verdicts, in the order in which they came.
     pub outcomes: Vec<Outcome>,
+    /// Figures for the reader of the whole.
+    pub figures: Vec<String>,
 }
 
 struct Running {
@@ -38,6 +40,7 @@ impl Journal {
             logs: logs.to_path_buf(),
             running: None,
             outcomes: Vec::new(),
+            figures: Vec::new(),
         })
     }
 
@@ -70,9 +73,9 @@ impl Journal {
                 self.finish(&name, Verdict::Failed(why));
             }
             Line::Log(text) => {
-                // Figures are for the reader of the whole.
-                if let Some(figures) = text.strip_prefix("figures: ") {
+                if let Some(figures) = text.strip_prefix(FIGURES) {
                     sh::progress(format_args!("    {figures}"));
+                    self.figures.push(figures.to_string());
                 }
                 if let Some(running) = &mut self.running {
                     writeln!(running.log, "{text}")?;

@@ -50,6 +50,8 @@ const GUEST: &[&str] = &["busybox-static"];
 const BOOTSTRAP: &str = "mmdebstrap";
 /// DPDK with its test program; unpacked apart, with everything it depends on.
 const DPDK: &str = "dpdk-dev";
+/// Reads and writes in many patterns, and verifies them; unpacked apart, with everything it depends on.
+const FIO: &str = "fio";
 /// User-mode networking; unpacked alone.
 const PASST: &str = "passt";
 /// Clients that run in guests, in a folder of their own, with everything they depend on.
@@ -185,6 +187,12 @@ impl Packages {
     pub fn passt(&self) -> Result<PathBuf> {
         let root = self.alone(PASST, |_| Ok(PASST.to_string()))?;
         Ok(root.join("usr/bin/passt"))
+    }
+
+    /// fio and the libraries that it loads, as of [`Root::with_libraries`], fetched when they are first
+    /// asked for.
+    pub fn fio(&self) -> Result<Vec<(String, PathBuf)>> {
+        self.complete(FIO, &[FIO], 60)?.with_libraries(FIO)
     }
 
     /// DPDK's testpmd, which is fetched when it is first asked for, with its virtual devices and without
@@ -407,7 +415,14 @@ impl Root {
 
     fn library_path(&self) -> String {
         let [first, second] = self.library_dirs();
-        format!("{}:{}", first.display(), second.display())
+        // Ceph's libraries look for others of theirs where they are installed.
+        let third = second.join("ceph");
+        format!(
+            "{}:{}:{}",
+            first.display(),
+            second.display(),
+            third.display()
+        )
     }
 }
 

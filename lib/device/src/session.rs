@@ -376,6 +376,10 @@ impl Session {
             let (new, recovered) = Tracker::start(region, number, ring.size, used, ring.base)
                 .map_err(|why| format!("ring {number}: {why}"))?;
             queue.set_next_avail(recovered.next_avail);
+            if !recovered.again.is_empty() {
+                let count = recovered.again.len();
+                log::info!("ring {number}: {count} chains were in flight and are taken again");
+            }
             chains = Again::new(&recovered.again, &queue, &memory.guest)
                 .map_err(|why| format!("ring {number}: {why}"))?;
             tracker = Some(new);

@@ -388,6 +388,7 @@ step_load() {
     device=$(option load)
     # What is typed would appear in the middle of a line.
     stty -echo
+    : > /rounds
     "load_$device" &
     worker=$!
     say "load runs"
@@ -397,8 +398,33 @@ step_load() {
     say "load verified, $(cat /rounds) rounds"
 }
 
-# Random bytes go to one of four places; what lies at another one is read back from the disk.
+# fio in a place of its own: blocks are written over and over, some of them read back meanwhile, and all
+# of them at the end of each round. It comes with its libraries in persistent memory.
+run_fio() {
+    wait_for_pmem
+    mkdir -p /tools
+    mount -t ext4 -o ro,dax /dev/pmem0 /tools || return 1
+    fio_rounds=0
+    while [ ! -e /stop ]; do
+        /tools/lib64/ld-linux-x86-64.so.2 --library-path /tools/lib /tools/bin/fio \
+            --name=load --rw=randrw --rwmixwrite=70 --bs=4k --fsync=16 --norandommap \
+            --serialize_overlap=1 --randrepeat=0 --randseed=$((fio_rounds + 1)) \
+            --verify=crc32c --verify_async=0 --verify_fatal=1 --verify_backlog=64 --do_verify=1 \
+            --thread --eta=never --minimal "$@" > /fio 2>&1 || {
+            say "FAIL fio: $(grep -v '^3;' /fio | head -5 | tr '\n' ' ')"
+            return 1
+        }
+        fio_rounds=$((fio_rounds + 1))
+        echo $fio_rounds > /fio-rounds
+    done
+    say "fio verified, $fio_rounds rounds"
+}
+
+# Random bytes go to one of four places; what lies at another one is read back from the disk. fio has
+# the second half of it.
 load_blk() {
+    run_fio --filename=/dev/vda --ioengine=libaio --iodepth=8 --direct=1 --offset=2m --size=1m --io_size=4m &
+    fio=$!
     rounds=0
     while [ ! -e /stop ]; do
         place=$((rounds % 4))
@@ -414,6 +440,7 @@ load_blk() {
         rounds=$((rounds + 1))
         echo $rounds > /rounds
     done
+    wait $fio
 }
 
 mount_share() {
@@ -457,8 +484,12 @@ step_fsro() {
 }
 
 # Trees are made, moved, compared with what was put into them, and removed. Each file goes away once.
+# fio has files of its own.
 load_fs() {
     mount_share
+    mkdir /share/fio
+    run_fio --directory=/share/fio --ioengine=psync --direct=1 --numjobs=2 --size=256k --io_size=512k &
+    fio=$!
     rounds=0
     while [ ! -e /stop ]; do
         mkdir /share/work || return 1
@@ -479,7 +510,7 @@ load_fs() {
         echo $rounds > /rounds
     done
     seq 0 $((rounds - 1)) | cmp - /share/appended || { say "FAIL the appended lines differ"; return 1; }
-    umount /share
+    wait $fio && umount /share
 }
 
 # Blocks that are whole and never the same.
@@ -507,6 +538,15 @@ load_console() {
         usleep 1000
     done
 }
+
+load_vsock() { anemone-guest-load vsock; }
+
+load_pmem() {
+    wait_for_pmem
+    anemone-guest-load pmem /dev/pmem0
+}
+
+load_balloon() { anemone-guest-load memory; }
 
 # Waits until a line is typed.
 step_pause() {

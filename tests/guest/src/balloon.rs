@@ -9,7 +9,7 @@ use anemone_guest_init::place::Place;
 use crate::vm::{self, Result, Vm};
 
 /// MiB of guest memory that the host has pages for, by the VMM's descriptor of it.
-fn resident_mib(vm: &Vm) -> Result<u64> {
+pub fn resident_mib(vm: &Vm) -> Result<u64> {
     let vmm = vm.process("anemone-vmm")?;
     let folder = format!("/proc/{}/fd", vmm.pid);
     let entries = std::fs::read_dir(&folder).map_err(|e| format!("{folder}: {e}"))?;

@@ -16,11 +16,13 @@ pub struct Process {
 
 /// `pid` and all processes below it, parents first.
 pub fn family(pid: u32) -> Vec<Process> {
+    let parents: Vec<_> = all_pids().map(|p| (p, parent_of(p))).collect();
     let mut found = vec![pid];
     let mut next = 0;
     while next < found.len() {
-        let parent = found[next];
-        found.extend(all_pids().filter(|&p| parent_of(p) == Some(parent)));
+        let children = parents.iter().filter(|(_, p)| *p == Some(found[next]));
+        let children: Vec<_> = children.map(|(child, _)| *child).collect();
+        found.extend(children);
         next += 1;
     }
     found.into_iter().filter_map(describe).collect()

@@ -40,6 +40,8 @@ pub struct Place {
     pub passt: PathBuf,
     /// Folder with curl and iperf3, their loader and their libraries, and busybox.
     pub clients: PathBuf,
+    /// A file system with fio, its libraries and their loader, where there is one.
+    pub fio: Option<PathBuf>,
     /// User that VMs run as instead of the runner's own.
     pub user: Option<u32>,
     /// Longest that anything may take.
@@ -71,6 +73,7 @@ impl Place {
             storage_daemon: words.map(str::to_string).to_vec(),
             passt: "/bin/passt".into(),
             clients: "/clients".into(),
+            fio: None,
             // Root is never needed.
             user: Some(1000),
             patience: Duration::from_secs(120),
@@ -101,6 +104,7 @@ impl Place {
             format!("clients={}", self.clients.display()),
         ];
         arguments.extend(self.storage_daemon.iter().map(|w| format!("daemon={w}")));
+        arguments.extend(self.fio.iter().map(|p| format!("fio={}", p.display())));
         for guest in &self.guests {
             arguments.push(format!("guest={}", guest.name));
             arguments.push(format!("kernel={}", guest.kernel.display()));
@@ -121,6 +125,7 @@ impl Place {
             storage_daemon: Vec::new(),
             passt: PathBuf::new(),
             clients: PathBuf::new(),
+            fio: None,
             user: None,
             patience: Duration::ZERO,
         };
@@ -138,6 +143,7 @@ impl Place {
                 }
                 "passt" => place.passt = value.into(),
                 "clients" => place.clients = value.into(),
+                "fio" => place.fio = Some(value.into()),
                 "daemon" => place.storage_daemon.push(value.into()),
                 "guest" => place.guests.push(Guest {
                     name: value.into(),
@@ -162,6 +168,7 @@ mod tests {
         let mut place = Place::rig("pmem");
         assert_eq!(place.disk, PathBuf::from("/dev/vdb"));
         place.accel = "soft".into();
+        place.fio = Some("/fio.img".into());
         place.guests.push(Guest {
             name: "rt".into(),
             kernel: "/k n=1".into(),

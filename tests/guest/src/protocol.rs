@@ -64,9 +64,95 @@ impl std::fmt::Display for Line {
     }
 }
 
+/// Starts log text that is for the reader of the whole.
+pub const FIGURES: &str = "figures: ";
+
+/// How long a guest has waited each time that a process of one of its devices was killed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pauses {
+    /// The program that was killed.
+    pub program: String,
+    /// How often.
+    pub kills: usize,
+    /// How often requests were in flight.
+    pub hits: usize,
+    /// Half of the pauses were not longer, in milliseconds.
+    pub p50: f64,
+    /// 99 of 100 were not longer.
+    pub p99: f64,
+    /// None was longer.
+    pub longest: f64,
+}
+
+impl Pauses {
+    /// Sums up `all`, of which there is at least one.
+    pub fn new(program: &str, hits: usize, mut all: Vec<f64>) -> Self {
+        all.sort_by(f64::total_cmp);
+        let share = |percent: usize| {
+            let last = all.len().saturating_sub(1);
+            all.get(last * percent / 100).copied().unwrap_or(f64::NAN)
+        };
+        Self {
+            program: program.to_string(),
+            kills: all.len(),
+            hits,
+            p50: share(50),
+            p99: share(99),
+            longest: share(100),
+        }
+    }
+
+    /// Reads what the display form has written.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (kills, rest) = text.split_once(" kills of ")?;
+        let (program, rest) = rest.split_once(", ")?;
+        let (hits, rest) = rest.split_once(" with requests in flight: the guest has waited ")?;
+        let mut times = rest.split(" ms").filter_map(|part| {
+            let number = part.rsplit(' ').next()?;
+            number.parse::<f64>().ok()
+        });
+        Some(Self {
+            program: program.to_string(),
+            kills: kills.parse().ok()?,
+            hits: hits.parse().ok()?,
+            p50: times.next()?,
+            p99: times.next()?,
+            longest: times.next()?,
+        })
+    }
+}
+
+impl std::fmt::Display for Pauses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            program,
+            kills,
+            hits,
+            p50,
+            p99,
+            longest,
+        } = self;
+        write!(
+            f,
+            "{kills} kills of {program}, {hits} with requests in flight: the guest has waited \
+             {p50:.1} ms (p50), {p99:.1} ms (p99), {longest:.1} ms (longest)"
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pauses_survive_the_trip() {
+        let all = (1..=200).rev().map(f64::from).collect();
+        let pauses = Pauses::new("anemone-blk", 17, all);
+        assert_eq!((pauses.kills, pauses.p50), (200, 100.0));
+        assert_eq!((pauses.p99, pauses.longest), (198.0, 200.0));
+        assert_eq!(Pauses::parse(&pauses.to_string()), Some(pauses));
+        assert_eq!(Pauses::parse("20 kills of nothing"), None);
+    }
 
     #[test]
     fn lines_survive_the_trip() {

@@ -249,6 +249,18 @@ pub const ALL: &[Scenario] = &[
         kills::run(place, &kills::RNG)
     })
     .only("soft"),
+    Scenario::new("kill-vsock", "the same for sockets", |place| {
+        kills::run(place, &kills::VSOCK)
+    })
+    .only("soft"),
+    Scenario::new("kill-balloon", "the same for the balloon", |place| {
+        kills::run(place, &kills::BALLOON)
+    })
+    .only("soft"),
+    Scenario::new("kill-pmem", "the same for persistent memory", |place| {
+        kills::run(place, &kills::PMEM)
+    })
+    .only("soft"),
     Scenario::new(
         "supervisor-dies",
         "nothing outlives a killed supervisor",

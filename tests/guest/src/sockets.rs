@@ -1,4 +1,4 @@
-//! The host's side of the guest program `anemone-guest-vsock`, with the sockets of the convention:
+//! The host's side of the guest programs `anemone-guest-vsock` and `anemone-guest-load`, with the sockets of the convention:
 //! `PATH` leads to the guest, and the guest to `PATH_PORT`.
 
 use std::io::{self, Read, Write};
@@ -85,7 +85,10 @@ pub fn exchange(path: &Path, bytes: u64) -> io::Result<()> {
 }
 
 /// A connection that the guest has accepted.
-fn connect(path: &Path) -> io::Result<UnixStream> {
+///
+/// # Errors
+/// It has not, or has not said so.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     writeln!(stream, "CONNECT {GUEST_PORT}")?;

@@ -45,12 +45,14 @@ impl Text {
         guard.0.clone()
     }
 
-    fn wait_for(&self, wanted: &str, limit: Duration) -> Result<()> {
+    /// Waits for a text that begins at `from` or later; where it ends.
+    fn wait_for(&self, from: usize, wanted: &str, limit: Duration) -> Result<usize> {
         let end = Instant::now() + limit;
         let mut guard = self.text.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if guard.0.contains(wanted) {
-                return Ok(());
+            let new = guard.0.get(from..).unwrap_or_default();
+            if let Some(at) = new.find(wanted) {
+                return Ok(from + at + wanted.len());
             }
             let left = end.saturating_duration_since(Instant::now());
             if guard.1 || left.is_zero() {
@@ -155,8 +157,28 @@ impl Vm {
     pub fn wait_for(&self, text: &str) -> Result<()> {
         let source = self.console.as_ref().map_or(&self.output, |c| &c.1);
         source
-            .wait_for(text, self.patience)
+            .wait_for(0, text, self.patience)
+            .map(|_| ())
             .inspect_err(|_| self.show_threads())
+    }
+
+    /// Waits until a line with this text has come on standard output or standard error after the
+    /// first `from` bytes, which end a line. Returns what came from there on up to the end of that
+    /// line.
+    pub fn wait_for_line(&self, from: usize, text: &str) -> Result<String> {
+        let at = self
+            .output
+            .wait_for(from, text, self.patience)
+            .inspect_err(|_| self.show_threads())?;
+        let all = self
+            .output
+            .text
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Lines come whole.
+        let rest = all.0.get(at..).unwrap_or_default();
+        let end = at + rest.find('\n').map_or(rest.len(), |length| length + 1);
+        Ok(all.0.get(from..end).unwrap_or_default().to_string())
     }
 
     /// Logs what all threads do, twice, so that those that run can be told from those that wait.
@@ -192,7 +214,7 @@ impl Vm {
 
     /// Opens the pseudo-terminal that `anemone run --console pty` names.
     pub fn open_pty(&mut self) -> Result<()> {
-        self.output.wait_for("/dev/pts/", self.patience)?;
+        self.output.wait_for(0, "/dev/pts/", self.patience)?;
         let said = self.output.snapshot();
         let at = said.find("/dev/pts/").unwrap_or(0);
         let path: String = said[at..]

@@ -9,17 +9,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anemone_guest_init::place::{Guest, Place, ROOT_DISKS};
+use anemone_guest_init::protocol::Pauses;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::build::{self, Binaries};
 use crate::debian;
 use crate::demo::Machine;
-use crate::disk::RootDisk;
+use crate::disk::{self, RootDisk};
 use crate::initramfs;
 use crate::journal::{self, Journal};
 use crate::packages::{Flavour, Packages};
 use crate::report::{Outcome, Verdict};
 use crate::sh;
+use crate::table::{self, Table};
 
 use super::{Context, Missing};
 
@@ -29,6 +31,11 @@ const AT_ONCE: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(150);
 /// Longest that a whole scenario takes; some wait for several things.
 const SCENARIO: Duration = Duration::from_secs(20 * 60);
+
+/// Longest that a kill takes in a scenario in which a device's process is killed over and over.
+const KILL: Duration = Duration::from_secs(1);
+/// Scenarios with fio in the guest.
+const WITH_FIO: &[&str] = &["kill-blk", "kill-fs"];
 
 /// The scenario that is not the runner's, for it has a guest of its own.
 const DEBIAN: (&str, &str) = (
@@ -48,7 +55,7 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
     let packages = context.packages()?;
     let runner = build::guest_runner()?;
     let names = journal::select(&scenarios(&runner)?, parts)?;
-    let setup = Setup::new(context, packages)?;
+    let setup = Setup::new(context, packages, &names)?;
     let left = Mutex::new(names.iter().cloned().collect::<VecDeque<_>>());
     let mut outcomes: Vec<Outcome> = thread::scope(|scope| {
         let worker = || {
@@ -69,6 +76,7 @@ pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
             .collect()
     });
     ensure!(outcomes.len() == names.len(), "a worker has ended early");
+    setup.show_pauses();
     outcomes.sort_by_key(|outcome| names.iter().position(|name| *name == outcome.name));
     Ok(outcomes)
 }
@@ -89,10 +97,12 @@ struct Setup<'a> {
     packages: &'a Packages,
     product: &'a Binaries,
     place: Place,
+    /// How long guests have waited for devices whose processes were killed.
+    pauses: Mutex<Vec<Pauses>>,
 }
 
 impl<'a> Setup<'a> {
-    fn new(context: &'a Context, packages: &'a Packages) -> Result<Self> {
+    fn new(context: &'a Context, packages: &'a Packages, names: &[String]) -> Result<Self> {
         let product = context.product()?;
         let mut guests = Vec::new();
         for flavour in Flavour::ALL {
@@ -108,6 +118,13 @@ impl<'a> Setup<'a> {
         }
         let folder = sh::fresh_dir("vm-soft")?;
         let template = RootDisk::make(packages, &folder.join("template.img"))?;
+        let mut fio = None;
+        if names.iter().any(|name| WITH_FIO.contains(&name.as_str())) {
+            let files = packages.fio().map_err(|e| Missing(format!("fio: {e:#}")))?;
+            let image = folder.join("fio.img");
+            disk::of_files(packages, &files, &image)?;
+            fio = Some(image);
+        }
         let daemon = packages.tool("qemu-storage-daemon")?;
         let words = [daemon.get_program()].into_iter().chain(daemon.get_args());
         let anemone = product.path("anemone");
@@ -121,6 +138,7 @@ impl<'a> Setup<'a> {
             storage_daemon: words.map(|w| w.to_string_lossy().into_owned()).collect(),
             passt: packages.passt()?,
             clients: clients(packages)?,
+            fio,
             user: None,
             patience: PATIENCE,
         };
@@ -128,6 +146,7 @@ impl<'a> Setup<'a> {
             packages,
             product,
             place,
+            pauses: Mutex::default(),
         })
     }
 
@@ -137,6 +156,33 @@ impl<'a> Setup<'a> {
         }
         let outcome = self.try_run(runner, name);
         outcome.unwrap_or_else(|error| Outcome::of(name, Err(error)))
+    }
+
+    /// Prints what the kills of device processes came to, if there were any.
+    fn show_pauses(&self) {
+        let mut pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
+        if pauses.is_empty() {
+            return;
+        }
+        let mut table = Table::new(
+            "Device processes killed under load, and how long the guest has waited",
+            &[
+                "program",
+                "kills",
+                "in flight",
+                "p50 ms",
+                "p99 ms",
+                "longest ms",
+            ],
+        );
+        pauses.sort_by(|a, b| a.program.cmp(&b.program));
+        for p in pauses.iter() {
+            let times = [p.p50, p.p99, p.longest].map(table::decimal);
+            let counts = [p.kills, p.hits].map(Into::into);
+            let row = [p.program.as_str().into()].into_iter();
+            table.row(row.chain(counts).chain(times).collect());
+        }
+        println!("{}", table.text());
     }
 
     fn debian(&self) -> Result<()> {
@@ -178,15 +224,24 @@ impl<'a> Setup<'a> {
         let mut child = sh::spawn(&mut command)?;
         let lines = journal::lines(child.0.stdout.take().context("the runner has no output")?);
         let mut journal = Journal::new(&sh::build_dir("logs/vm-soft"))?;
-        let end = Instant::now() + SCENARIO;
+        let limit = limit(name)?;
+        let end = Instant::now() + limit;
         loop {
             match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(text) if journal.line(&text)? => break,
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => bail!("not finished after {SCENARIO:?}"),
+                Err(RecvTimeoutError::Timeout) => bail!("not finished after {limit:?}"),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
+        let pauses = journal
+            .figures
+            .iter()
+            .filter_map(|text| Pauses::parse(text));
+        self.pauses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(pauses);
         let mut outcome = journal
             .outcomes
             .pop()
@@ -200,4 +255,13 @@ impl<'a> Setup<'a> {
         }
         Ok(outcome)
     }
+}
+
+/// Longest that a scenario takes; that depends on how often it is to kill a process.
+fn limit(name: &str) -> Result<Duration> {
+    let kills: u32 = match std::env::var("ANEMONE_KILLS") {
+        Ok(text) if name.starts_with("kill-") => text.parse().context("ANEMONE_KILLS")?,
+        _ => 0,
+    };
+    Ok(SCENARIO + KILL * kills)
 }
