@@ -29,7 +29,7 @@ impl GuestRam {
     }
 
     /// The memory table for a back end.
-    pub(crate) fn table(&self) -> Vec<MemoryRegion<'_>> {
+    pub fn table(&self) -> Vec<MemoryRegion<'_>> {
         self.regions
             .iter()
             .map(|(start, size, fd, offset)| MemoryRegion {
@@ -43,7 +43,7 @@ impl GuestRam {
     }
 
     /// `idx` of the used ring at `ring` (virtio 1.3, 2.7.8).
-    pub(crate) fn used_index(&self, ring: u64) -> u16 {
+    pub fn used_index(&self, ring: u64) -> u16 {
         self.index(ring)
     }
 

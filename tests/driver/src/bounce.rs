@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use anemone_accel_api::EventFd;
-use anemone_vhost_user::{Frontend, MemoryRegion, VringAddr};
+use anemone_vhost_user::{Frontend, VringAddr};
 use anemone_virtio::{Start, StartQueue};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::{Memory, Queue, Result};
 
@@ -119,19 +119,7 @@ impl Bounce {
     /// Shows the region to the back end, in place of guest memory.
     pub fn set_mem_table(&self, frontend: &mut Frontend) -> Result<()> {
         let bounce = self.lock();
-        let regions: Vec<_> = bounce
-            .table()
-            .regions
-            .iter()
-            .map(|(start, size, fd, offset)| MemoryRegion {
-                guest_addr: *start,
-                size: *size,
-                user_addr: *start,
-                fd: fd.as_fd(),
-                offset: *offset,
-            })
-            .collect();
-        Ok(frontend.set_mem_table(&regions)?)
+        Ok(frontend.set_mem_table(&bounce.table().table())?)
     }
 
     /// Another back end takes over, which tracks what is in flight as the one before (`tracked`), or
@@ -141,10 +129,9 @@ impl Bounce {
     }
 
     /// Used index of a shadow ring.
-    pub fn used_index(&self, index: u16) -> io::Result<u16> {
-        let at = self.shadow.queues[usize::from(index)].used + 2;
-        let memory = &self.lock().table().mapped.clone();
-        memory.read_obj(GuestAddress(at)).map_err(io::Error::other)
+    pub fn used_index(&self, index: u16) -> u16 {
+        let queue = &self.shadow.queues[usize::from(index)];
+        self.lock().table().used_index(queue.used)
     }
 
     /// Gives the back end a shadow ring's addresses and notifications.

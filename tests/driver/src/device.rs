@@ -150,7 +150,7 @@ impl Device {
         self.set_inflight(self.queues.len() as u16)?;
         for index in 0..self.queues.len() as u16 {
             let base = match &self.bounce {
-                Some(bounce) => bounce.used_index(index)?,
+                Some(bounce) => bounce.used_index(index),
                 None => self.queues[usize::from(index)].used_index(),
             };
             self.start_queue(index, base)?;
