@@ -12,6 +12,7 @@ use anemone_config::{AccelType, Sandbox, Vm};
 use log::LevelFilter;
 use thiserror::Error as ThisError;
 
+use crate::cgroup::Groups;
 use crate::clone::Namespaces;
 use crate::error::{Error, printable, system};
 use crate::files;
@@ -84,6 +85,8 @@ pub struct Environment<'a> {
     pub sandbox: Sandbox,
     /// Its log level.
     pub log_level: LevelFilter,
+    /// Control groups of the VM's processes.
+    pub groups: Option<&'a Groups>,
 }
 
 /// Opens the accelerator that the configuration asks for. With `none` this waits for the driver.

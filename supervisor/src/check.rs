@@ -140,6 +140,7 @@ fn build(
             programs: &programs,
             sandbox: vm.config.sandbox,
             log_level,
+            groups: None,
         },
         accel,
         vm.config.cpus.count.get(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anemone_config::{
-    Accel, Balloon, CommandLine, Config, Console, Cpus, Disk, Fs, Id, Machine, Memory, Net,
+    Accel, Balloon, Cgroup, CommandLine, Config, Console, Cpus, Disk, Fs, Id, Machine, Memory, Net,
     OnPanic, OnReboot, PanicDevice, Pmem, Restart, Rng, Sandbox, Serial, Short, SinkType, Size,
     Switch, VhostUser, Vm, Vsock, keyvalue,
 };
@@ -284,6 +284,11 @@ pub struct VmArgs {
     /// The jail of all processes: kill on a forbidden system call, or only report it.
     #[arg(long, value_name = "MODE", value_parser = words::<Sandbox>(Sandbox::WORDS))]
     sandbox: Option<Sandbox>,
+    /// Control group in which the VM gets one of its own: auto (that of this process if it has been
+    /// delegated; the default), off, or its path. Other keys: memory-max, cpu-max (percent of one
+    /// CPU), pids-max, device-memory-max (of each device process).
+    #[arg(long, value_name = "PATH|auto|off[,KEY=VALUE...]", value_parser = list::<Cgroup>)]
+    cgroup: Option<Cgroup>,
 }
 
 fn list<T: Short>(text: &str) -> Result<T, keyvalue::Error> {
@@ -364,6 +369,7 @@ impl VmArgs {
         replace(&mut config.on_panic, self.on_panic);
         replace(&mut config.restart, self.restart);
         replace(&mut config.sandbox, self.sandbox);
+        replace(&mut config.cgroup, self.cgroup);
     }
 }
 

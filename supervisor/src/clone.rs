@@ -40,6 +40,8 @@ pub struct Start<'a> {
     /// Signals that the child does not see.
     pub blocked: &'a libc::sigset_t,
     pub namespaces: Namespaces<'a>,
+    /// `cgroup.procs` of the control group that the child is to be in.
+    pub group: Option<BorrowedFd<'a>>,
 }
 
 /// Room for system calls and a few small functions.
@@ -176,7 +178,7 @@ fn become_program(shared: &Shared<'_>) -> c_int {
         Namespaces::New => keep_capabilities(ENTERING),
         Namespaces::Users(_) => keep_capabilities(ACTING),
     };
-    if kept.is_err() || die_with(shared.parent).is_err() {
+    if join(start.group).is_err() || kept.is_err() || die_with(shared.parent).is_err() {
         return shared.fail();
     }
     let environment: [*const c_char; 1] = [ptr::null()];
@@ -233,6 +235,14 @@ fn die_with(parent: BorrowedFd<'_>) -> Result<(), Failed> {
             _ => Err(Failed),
         }
     }
+}
+
+/// Moves into a control group, before there is memory that would be counted elsewhere.
+fn join(group: Option<BorrowedFd<'_>>) -> Result<(), Failed> {
+    let Some(group) = group else { return Ok(()) };
+    // SAFETY: one byte of a constant; 0 is the process that writes.
+    let written = unsafe { libc::write(group.as_raw_fd(), c"0".as_ptr().cast(), 1) };
+    check(written as c_int)
 }
 
 /// Keeps these capabilities of the new namespace over exec. That takes none away before: exec would

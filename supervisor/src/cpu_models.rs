@@ -27,6 +27,7 @@ pub fn print(json: bool, log_level: LevelFilter) -> Result<(), Error> {
         programs: &programs,
         sandbox: Sandbox::On,
         log_level,
+        groups: None,
     };
     let models = parse(&accel::cpu_models(environment)?);
     if json {

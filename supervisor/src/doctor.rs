@@ -8,6 +8,7 @@ use log::LevelFilter;
 use serde::Serialize;
 
 use crate::accel::{self, Environment};
+use crate::cgroup;
 use crate::control;
 use crate::error::Error;
 use crate::inspect;
@@ -140,6 +141,7 @@ fn accelerators(programs: &Programs, log_level: LevelFilter) -> Vec<Finding> {
         programs,
         sandbox: Sandbox::On,
         log_level,
+        groups: None,
     };
     let test = |entry: &registry::Entry| {
         if !entry.default {
@@ -192,10 +194,22 @@ fn host() -> Vec<Finding> {
     };
     vec![
         Finding::new("io_uring", io_uring),
+        Finding::new("control group", control_group()),
         Finding::new("open files", limit(libc::RLIMIT_NOFILE, "descriptors")),
         Finding::new("locked memory", limit(libc::RLIMIT_MEMLOCK, "bytes")),
         Finding::new("processes", limit(libc::RLIMIT_NPROC, "per user")),
     ]
+}
+
+/// Whether VMs started from here get control groups.
+fn control_group() -> Result<String, String> {
+    let group = cgroup::delegated().map_err(|why| format!("none for VMs: {why}"))?;
+    let there = fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
+    Ok(format!(
+        "{}, controllers: {}",
+        group.display(),
+        there.trim()
+    ))
 }
 
 fn found(programs: &Programs) -> Vec<Finding> {

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::cgroup;
 use crate::control::protocol::{self, Status};
 use crate::doctor::POLICIES;
 use crate::error::{Error, printable};
@@ -50,6 +51,9 @@ struct Process {
     /// Version of Landlock's interface, as the process has told when it was ready; absent where it has
     /// not.
     landlock: Option<u32>,
+    /// Its control group, and the limits that it has by that.
+    group: Option<String>,
+    group_limits: Vec<String>,
     /// What it may open by name with that.
     reaches: Vec<String>,
     limits: BTreeMap<&'static str, String>,
@@ -288,6 +292,7 @@ impl Process {
                 memory.shared += mapping.size;
             }
         }
+        let group = cgroup::of_process(&pid.to_string()).ok();
         let threads = threads(pid, &program, accel)?;
         let policies = POLICIES
             .iter()
@@ -317,6 +322,10 @@ impl Process {
             memory,
             namespaces: namespaces(&folder),
             root: root(&folder),
+            group: group
+                .as_ref()
+                .map(|group| printable(&group.to_string_lossy())),
+            group_limits: group.as_deref().map(cgroup::limits).unwrap_or_default(),
             landlock: told.and_then(|told| told.landlock),
             reaches: told.map(|told| told.reaches.clone()).unwrap_or_default(),
             limits: limits(&folder),
@@ -356,6 +365,11 @@ impl Process {
         );
         let _ = writeln!(text, "  root          {}", self.root);
         let _ = writeln!(text, "  landlock      {}", self.landlock_text());
+        if let Some(group) = &self.group {
+            let limits = self.group_limits.iter().map(|limit| format!(", {limit}"));
+            let limits: String = limits.collect();
+            let _ = writeln!(text, "  control group {group}{limits}");
+        }
         let _ = writeln!(text, "  guest memory  {}", self.memory.text());
         let limits: Vec<_> = self
             .limits

@@ -9,6 +9,7 @@
 
 mod accel;
 mod acpi_dump;
+mod cgroup;
 mod check;
 pub mod cli;
 mod clone;

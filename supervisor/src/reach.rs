@@ -55,11 +55,13 @@ impl Place {
     }
 }
 
-/// All that a VM needs: `programs` are those of its processes, `socket` is its control socket.
+/// All that a VM needs: `programs` are those of its processes, `socket` is its control socket, its
+/// control groups are in `groups`.
 pub fn of<'a>(
     vm: &Vm,
     programs: impl IntoIterator<Item = &'a Path>,
     socket: Option<&Path>,
+    groups: Option<&Path>,
 ) -> Vec<Place> {
     let mut places = Vec::new();
     let mut add = |place: Place| {
@@ -106,6 +108,9 @@ pub fn of<'a>(
     }
     for socket in sockets {
         add(Place::new(folder_of(socket), Access::Remove));
+    }
+    if let Some(groups) = groups {
+        add(Place::new(groups, Access::Remove));
     }
     if foreign {
         for path in LIBRARIES {
@@ -161,7 +166,7 @@ mod tests {
         let config = Config::from_toml(text, Path::new("vm.toml")).unwrap();
         let vm = config.resolve().unwrap();
         let programs = [Path::new("/x/anemone-vmm"), Path::new("/x/anemone-rng")];
-        let places = of(&vm, programs, Some(Path::new("/run/a/1.sock")));
+        let places = of(&vm, programs, Some(Path::new("/run/a/1.sock")), None);
         places.iter().map(Place::text).collect()
     }
 

@@ -54,6 +54,7 @@ pub struct Program<'a> {
     fds: Vec<(RawFd, BorrowedFd<'a>)>,
     stdio: Stdio<'a>,
     namespaces: Namespaces<'a>,
+    group: Option<BorrowedFd<'a>>,
 }
 
 impl<'a> Program<'a> {
@@ -66,6 +67,7 @@ impl<'a> Program<'a> {
             fds: Vec::new(),
             stdio: Stdio::Null,
             namespaces: Namespaces::Same,
+            group: None,
         }
     }
 
@@ -73,6 +75,12 @@ impl<'a> Program<'a> {
     /// reported, and it begins in those of this process.
     pub fn namespaces(&mut self, namespaces: Namespaces<'a>) -> &mut Self {
         self.namespaces = namespaces;
+        self
+    }
+
+    /// Sets the control group that the child is to be in, by its `cgroup.procs`.
+    pub fn group(&mut self, procs: Option<BorrowedFd<'a>>) -> &mut Self {
+        self.group = procs;
         self
     }
 
@@ -162,6 +170,7 @@ impl<'a> Program<'a> {
                 places: &places,
                 blocked: &blocked,
                 namespaces,
+                group: self.group,
             }
             .run()
         };

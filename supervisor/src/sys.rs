@@ -1,6 +1,6 @@
 //! The system calls that the standard library lacks, each as a safe function.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -398,6 +398,35 @@ pub fn peer_user(socket: BorrowedFd<'_>) -> io::Result<u32> {
 pub fn effective_user() -> u32 {
     // SAFETY: no pointers; it cannot fail.
     unsafe { libc::geteuid() }
+}
+
+/// The type of the file system that a path is on (statfs(2)).
+pub fn file_system(path: &Path) -> io::Result<i64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: `path` ends with NUL; the call fills in the structure unless it fails.
+    unsafe {
+        let mut statfs: MaybeUninit<libc::statfs> = MaybeUninit::uninit();
+        check(libc::statfs(path.as_ptr(), statfs.as_mut_ptr()))?;
+        Ok(statfs.assume_init().f_type)
+    }
+}
+
+/// A short extended attribute; none where there is none.
+pub fn attribute(path: &Path, name: &CStr) -> Option<Vec<u8>> {
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut value = vec![0; 64];
+    // SAFETY: both texts end with NUL; the call writes at most the length given.
+    let length = unsafe {
+        let room = value.len();
+        libc::getxattr(
+            path.as_ptr(),
+            name.as_ptr(),
+            value.as_mut_ptr().cast(),
+            room,
+        )
+    };
+    value.truncate(usize::try_from(length).ok()?);
+    Some(value)
 }
 
 #[cfg(test)]

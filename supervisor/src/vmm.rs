@@ -6,6 +6,7 @@ use std::time::Duration;
 use anemone_ipc::Channel;
 
 use crate::accel::{Environment, Opened};
+use crate::cgroup;
 use crate::clone::Namespaces;
 use crate::error::{Error, system};
 use crate::spawn::{Process, Program};
@@ -40,6 +41,8 @@ impl Vmm {
         let theirs = theirs.into_fd();
         let mut program = Program::new(path);
         control_options(&mut program, &theirs, environment);
+        let groups = environment.groups;
+        program.group(groups.and_then(|groups| groups.procs(cgroup::VMM)));
         if let Some(Opened::Soft) = accel {
             program.option("--soft-cpus", cpus);
         }

@@ -1,8 +1,10 @@
 //! Running other programs: progress lines, time limits, captured output.
 
+use std::ffi::{CStr, CString};
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -31,6 +33,20 @@ pub fn progress(what: impl Display) {
 pub fn is_root() -> bool {
     // SAFETY: takes nothing and cannot fail.
     unsafe { libc::geteuid() == 0 }
+}
+
+/// Sets an extended attribute of a file or folder.
+pub fn set_attribute(path: &Path, name: &CStr, value: &[u8]) -> Result<()> {
+    let text = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: both texts end with NUL; the value has the length given.
+    let result = unsafe {
+        let value = (value.as_ptr().cast(), value.len());
+        libc::setxattr(text.as_ptr(), name.as_ptr(), value.0, value.1, 0)
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()).with_context(|| path.display().to_string()),
+    }
 }
 
 /// A command as the user would type it.

@@ -136,6 +136,59 @@ pub struct Config {
     pub restart: Restart,
     /// What a process does that its jail forbids.
     pub sandbox: Sandbox,
+    /// The control group of the VM, and its limits.
+    #[serde(deserialize_with = "short::table")]
+    pub cgroup: Cgroup,
+}
+
+/// The control group of the VM, and its limits.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Cgroup {
+    /// `auto`, `off`, or the group in which that of the VM is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Most memory of all processes together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<Size>,
+    /// Most processor time of all processes together, in percent of one CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_max: Option<Within<1, 6400>>,
+    /// Most threads of all processes together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids_max: Option<Within<1, 65535>>,
+    /// Most memory of each device process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory_max: Option<Size>,
+}
+
+/// Where the group of the VM is to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CgroupPlace<'a> {
+    /// Nowhere.
+    Off,
+    /// In that of the supervisor, if it has been delegated.
+    Auto,
+    /// In this one.
+    Path(&'a Path),
+}
+
+impl Cgroup {
+    /// Where the group is to be made.
+    pub fn place(&self) -> CgroupPlace<'_> {
+        match self.path.as_deref() {
+            None => CgroupPlace::Auto,
+            Some(path) if path == Path::new("auto") => CgroupPlace::Auto,
+            Some(path) if path == Path::new("off") => CgroupPlace::Off,
+            Some(path) => CgroupPlace::Path(path),
+        }
+    }
+
+    /// Whether anything is limited.
+    pub fn has_limits(&self) -> bool {
+        let sizes = self.memory_max.or(self.device_memory_max).is_some();
+        sizes || self.cpu_max.is_some() || self.pids_max.is_some()
+    }
 }
 
 /// What happens when a device process ends while the VM runs.
@@ -355,6 +408,10 @@ impl Short for Cpus {
 impl Short for Memory {
     const MAIN_KEY: Option<&'static str> = Some("size");
 }
+impl Short for Cgroup {
+    const MAIN_KEY: Option<&'static str> = Some("path");
+}
+
 impl Short for Restart {
     const MAIN_KEY: Option<&'static str> = Some("policy");
 }

@@ -24,7 +24,8 @@ mod vsock;
 
 pub use balloon::Balloon;
 pub use config::{
-    Accel, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem, Restart, Rng, Serial,
+    Accel, Cgroup, CgroupPlace, Config, Console, Cpus, Disk, Error, Memory, PanicDevice, Pmem,
+    Restart, Rng, Serial,
 };
 pub use net::{Card, Forward, Forwards, IfName, Mac, Net, Protocol, Uplink};
 pub use share::{Fs, IdMap, Share, Tag};

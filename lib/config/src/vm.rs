@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, Console, Disk, PanicDevice, Pmem, Rng};
+use crate::config::{CgroupPlace, Config, Console, Disk, PanicDevice, Pmem, Rng};
 use crate::net::{self, Card};
 use crate::share::Share;
 use crate::short::Switch;
@@ -105,6 +105,9 @@ pub enum Invalid {
         /// What was found.
         found: u16,
     },
+    /// Groups are told by where they are.
+    #[error("`cgroup`: found `{0}`, allowed: auto, off or an absolute path")]
+    RelativeCgroup(String),
     /// A key that has no meaning beside another one.
     #[error("`{owner}`: `{key}` has no meaning {because}")]
     Meaningless {
@@ -388,6 +391,18 @@ impl Config {
         refuse_empty("kernel", Some(&kernel))?;
         refuse_empty("initrd", self.initrd.as_deref())?;
         refuse_empty("accel.socket", self.accel.socket.as_deref())?;
+        if let CgroupPlace::Path(path) = self.cgroup.place()
+            && !path.is_absolute()
+        {
+            return Err(Invalid::RelativeCgroup(path.display().to_string()));
+        }
+        if self.cgroup.place() == CgroupPlace::Off && self.cgroup.has_limits() {
+            return Err(Invalid::Meaningless {
+                owner: "cgroup".to_owned(),
+                key: "a limit",
+                because: "without a control group (`off`)",
+            });
+        }
         if self.accel.socket.is_some() && self.accel.kind != AccelType::None {
             return Err(Invalid::Meaningless {
                 owner: "accel".to_owned(),

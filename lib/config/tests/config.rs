@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anemone_config::{
-    Backend, Balloon, Config, Console, Cpus, Disk, Exposure, Id, Invalid, Kind, Mac, Net, NetType,
-    PanicDevice, Pmem, Restart, Rng, Serial, Short, Sink, SinkType, Size, Switch, Uplink,
-    VhostUser, Vm, Vsock, Within,
+    Backend, Balloon, Cgroup, CgroupPlace, Config, Console, Cpus, Disk, Exposure, Id, Invalid,
+    Kind, Mac, Net, NetType, PanicDevice, Pmem, Restart, Rng, Serial, Short, Sink, SinkType, Size,
+    Switch, Uplink, VhostUser, Vm, Vsock, Within,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -566,6 +566,7 @@ fn documentation() {
     }
     // Every key of every table is explained.
     for table in [
+        unknown_key::<Cgroup>(),
         unknown_key::<Disk>(),
         unknown_key::<Console>(),
         unknown_key::<Serial>(),
@@ -635,4 +636,39 @@ fn shares_have_tags_and_maps() {
             .expect_err("37 bytes")
             .contains("1 to 36 bytes")
     );
+}
+
+#[test]
+fn a_control_group_and_its_limits() {
+    let vm = |text: &str| {
+        let config = parse(&format!("kernel = '/k'\n{text}"));
+        let vm = config.and_then(|config| config.resolve().map_err(|e| e.to_string()));
+        vm.map(|vm| vm.config.cgroup)
+    };
+    let default = vm("").unwrap();
+    assert_eq!(default.place(), CgroupPlace::Auto);
+    assert!(!default.has_limits());
+    let off = vm("cgroup = 'off'").unwrap();
+    assert_eq!(off.place(), CgroupPlace::Off);
+    let named = vm("cgroup = '/sys/fs/cgroup/vms,memory-max=2G,cpu-max=250'").unwrap();
+    let path = Path::new("/sys/fs/cgroup/vms");
+    assert_eq!(named.place(), CgroupPlace::Path(path));
+    assert!(named.has_limits());
+    assert_eq!(named.memory_max, Some(Size(2 << 30)));
+    assert_eq!(named.cpu_max.map(|percent| percent.get()), Some(250));
+    let table = vm("[cgroup]\npath = 'auto'\npids-max = 300\ndevice-memory-max = '64M'").unwrap();
+    assert_eq!(table.place(), CgroupPlace::Auto);
+    assert!(table.has_limits());
+    for (text, part) in [
+        ("cgroup = 'vms'", "allowed: auto, off or an absolute path"),
+        (
+            "cgroup = 'off,pids-max=3'",
+            "has no meaning without a control group",
+        ),
+        ("cgroup = 'cpu-max=0'", "a whole number from 1 to 6400"),
+        ("cgroup = 'memory-max=much'", "a size such as"),
+    ] {
+        let error = vm(text).unwrap_err();
+        assert!(error.contains(part), "{text}: {error}");
+    }
 }

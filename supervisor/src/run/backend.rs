@@ -12,6 +12,7 @@ use anemone_ipc::device::{Balloon, ToDevice};
 use anemone_ipc::{Channel, FdIndex};
 
 use crate::accel::Environment;
+use crate::cgroup;
 use crate::clone::Namespaces;
 use crate::error::{Error, system};
 use crate::files::{self, PmemFile};
@@ -458,6 +459,8 @@ impl Child {
         let mut program = Program::new(&self.path);
         control_options(&mut program, &far, environment);
         program.option("--id", id);
+        let groups = environment.groups;
+        program.group(groups.and_then(|groups| groups.procs(&cgroup::of_device(id))));
         if let Some(stream) = &self.stream {
             program.fd_option("--stream-fd", stream.as_fd());
         } else if let Some(connection) = connection {

@@ -32,6 +32,7 @@ use log::LevelFilter;
 
 use crate::accel::{self, Environment, Opened};
 use crate::acpi_dump;
+use crate::cgroup::{self, Groups};
 use crate::control::protocol::BalloonState;
 use crate::control::server::{Server, Waits};
 use crate::error::{Error, printable, system};
@@ -73,11 +74,14 @@ pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(),
     let vmm_path = programs.find(registry::VMM, None)?;
     let boot = BootFiles::open(&vm)?;
     let pmem = PmemFiles::open(&vm, true)?;
+    // Before any process, so that all begin in it; dropped after all.
+    let groups = make_groups(&vm)?;
     let prepared = backend::prepare(&vm, &pmem, &programs)?;
     let environment = Environment {
         programs: &programs,
         sandbox: vm.config.sandbox,
         log_level,
+        groups: groups.as_ref(),
     };
     let accel = accel::open(&vm, environment, &signals)?;
     let host = Host {
@@ -93,6 +97,21 @@ pub fn run(vm: Vm, log_level: LevelFilter, dump_to: Option<&Path>) -> Result<(),
     let result = session.serve();
     session.close(&result);
     result.map(|_| ())
+}
+
+/// Makes the control groups that the configuration wants.
+fn make_groups(vm: &Vm) -> Result<Option<Groups>, Error> {
+    let ids = vm.devices.iter().filter_map(|device| match device.backend {
+        anemone_config::Backend::Process(_) => Some(&device.id),
+        anemone_config::Backend::Socket(_) => None,
+    });
+    let ids = ids.chain(vm.serial.iter().map(|port| &port.id));
+    let names: Vec<_> = [cgroup::VMM.to_owned()]
+        .into_iter()
+        .chain(ids.map(|id| cgroup::of_device(id.as_str())))
+        .collect();
+    let name = vm.config.name.as_ref().map_or("vm", |name| name.as_str());
+    Groups::make(&vm.config.cgroup, name, &names)
 }
 
 /// What stays the same while VMM processes come and go.
@@ -251,7 +270,9 @@ impl<'a> Session<'a> {
         let children = self.backends.iter().filter_map(Backend::child);
         let programs = children.map(Child::path);
         let programs = programs.chain([self.host.vmm_path.as_path()]);
-        self.places = reach::of(vm, programs, self.control.as_ref().map(Server::path));
+        let socket = self.control.as_ref().map(Server::path);
+        let groups = self.host.environment.groups.map(Groups::parent);
+        self.places = reach::of(vm, programs, socket, groups);
         self.landlock = jail::enter(vm.config.sandbox, &self.host.accel, &self.places)?;
         Ok(())
     }

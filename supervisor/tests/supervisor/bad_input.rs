@@ -320,3 +320,20 @@ fn accelerators() {
     }
     assert_eq!(lab.log("vmm"), "");
 }
+
+#[test]
+fn control_groups() {
+    let lab = Lab::new();
+    for (group, part) in [
+        (
+            "vms",
+            "`cgroup`: found `vms`, allowed: auto, off or an absolute path",
+        ),
+        ("/proc", "cgroup: /proc is no cgroup of version 2"),
+        ("/no/such", "cgroup: /no/such is no cgroup of version 2"),
+        ("off,pids-max=7", "has no meaning without a control group"),
+    ] {
+        let args = ["--kernel", "kernel", "--console", "none", "--cgroup", group];
+        refused(&lab, &args, &[part]);
+    }
+}

@@ -70,7 +70,10 @@ impl Lab {
                 let mut note = note.unwrap();
                 let mut text = String::new();
                 note.read_to_string(&mut text).unwrap();
-                let (file, line) = text.split_once(' ').unwrap();
+                // Who was killed has written less.
+                let Some((file, line)) = text.split_once(' ') else {
+                    continue;
+                };
                 let mut log = File::options()
                     .append(true)
                     .create(true)

@@ -3,6 +3,8 @@
 //! are made *in* those processes must kill them. The second half needs root, for ptrace.
 
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
@@ -97,6 +99,8 @@ fn run_with(setup: &Setup<'_>, outcomes: &mut Vec<Outcome>) {
     }
     let name = format!("{accel}: the supervisor reaches what it needs and no other file");
     outcomes.push(Outcome::of(&name, setup.supervisor_is_narrow()));
+    let (name, result) = setup.groups();
+    outcomes.push(Outcome::of(&format!("{accel}: {name}"), result));
     let mut denied = |who: &str, program: &str, call: Call, thread: Option<&str>| {
         let name = format!("{accel}: {who} cannot {}", call.name);
         let result = setup.is_denied(program, call, thread);
@@ -158,12 +162,18 @@ impl<'a> Setup<'a> {
         })
     }
 
+    /// A VM in which the end of a process is to be seen.
     fn start(&self) -> Result<Running> {
+        self.start_with(&["--restart", "never"], None)
+    }
+
+    /// With these options, in this control group.
+    fn start_with(&self, options: &[&str], group: Option<&Path>) -> Result<Running> {
         let mut command = self.product.command("anemone");
         command
             .args(["run", "--accel", self.accel, "--memory", "64M"])
-            // The end of a process is to be seen.
-            .args(["--restart", "never", "--rng", "--balloon"])
+            .args(["--rng", "--balloon"])
+            .args(options)
             .arg("--kernel")
             .arg(&self.kernel)
             .arg("--console")
@@ -179,6 +189,13 @@ impl<'a> Setup<'a> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(fs::File::create(&self.errors)?);
+        if let Some(group) = group {
+            let procs = group.join("cgroup.procs");
+            let procs = fs::File::options().write(true).open(procs)?;
+            let join = move || (&procs).write_all(b"0");
+            // SAFETY: a single system call.
+            unsafe { command.pre_exec(join) };
+        }
         let mut running = Running {
             child: sh::spawn(&mut command)?,
             processes: Vec::new(),
@@ -242,6 +259,93 @@ impl<'a> Setup<'a> {
         Ok(())
     }
 
+    /// Each process is in the control group that it should be in, also one that has taken the place of
+    /// another, and the groups disappear with the VM. With limits, if this kernel's groups of version 2
+    /// have the controllers.
+    fn groups(&self) -> (&'static str, Result<()>) {
+        const WITHOUT: &str = "control groups";
+        let parent = match TestGroup::make() {
+            Ok(parent) => parent,
+            Err(error) => return (WITHOUT, Err(error)),
+        };
+        let there = fs::read_to_string(parent.0.join("cgroup.controllers")).unwrap_or_default();
+        let has = |name| there.split_whitespace().any(|word| word == name);
+        let limits = ["memory", "cpu", "pids"].into_iter().all(has);
+        let named = self.in_groups(&parent.0, limits, false);
+        let result = named.context("named").and_then(|()| {
+            let delegated = self.in_groups(&parent.0, limits, true);
+            delegated.context("delegated")
+        });
+        match limits {
+            true => ("control groups with limits", result),
+            false => (WITHOUT, result),
+        }
+    }
+
+    /// The parent is named, or is where the supervisor begins and marked as systemd does.
+    fn in_groups(&self, parent: &Path, limits: bool, delegated: bool) -> Result<()> {
+        let mut option = match delegated {
+            true => "auto".to_owned(),
+            false => parent.display().to_string(),
+        };
+        if limits {
+            option += ",memory-max=1G,cpu-max=250,pids-max=500,device-memory-max=64M";
+        }
+        let options = ["--cgroup", &option, "--name", "test"];
+        if delegated {
+            sh::set_attribute(parent, c"user.delegate", b"1")?;
+        }
+        let mut running = self.start_with(&options, delegated.then_some(parent))?;
+        let pid = running.child.0.id();
+        let group = parent.join(format!("anemone-test-{pid}"));
+        let expect = |pid: u32, name: &str| -> Result<()> {
+            let listed = fs::read_to_string(group.join(name).join("cgroup.procs"))?;
+            let found = listed.lines().any(|line| line == pid.to_string());
+            ensure!(found, "process {pid} is not in {name}, only: {listed}");
+            Ok(())
+        };
+        expect(pid, "supervisor")?;
+        expect(running.process(VMM)?.pid, "vmm")?;
+        expect(running.process("anemone-blk")?.pid, "device-disk0")?;
+        let old = running.process("anemone-rng")?.pid;
+        expect(old, "device-rng")?;
+        if limits {
+            for (file, value) in [
+                ("memory.max", "1073741824"),
+                ("cpu.max", "250000 100000"),
+                ("pids.max", "500"),
+                ("device-rng/memory.max", "67108864"),
+                ("vmm/memory.max", "max"),
+            ] {
+                let found = fs::read_to_string(group.join(file))?;
+                ensure!(found.trim() == value, "{file} is {found}");
+            }
+        }
+        // SAFETY: no pointers; it is a process of this VM.
+        unsafe { libc::kill(old.cast_signed(), libc::SIGKILL) };
+        let end = Instant::now() + Duration::from_secs(10);
+        let new = loop {
+            let family = jail::family(pid);
+            let rng = family.iter().find(|p| p.program == "anemone-rng");
+            match rng.filter(|rng| rng.pid != old) {
+                Some(rng) => break rng.pid,
+                None => ensure!(Instant::now() < end, "anemone-rng has not come back"),
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        expect(new, "device-rng")?;
+        for _ in 0..2 {
+            // SAFETY: no pointers; a child that has not been waited for.
+            unsafe { libc::kill(pid.cast_signed(), libc::SIGTERM) };
+            thread::sleep(Duration::from_millis(100));
+        }
+        sh::wait_limited(&mut running.child.0, Duration::from_secs(20))?;
+        ensure!(!group.exists(), "{} is left", group.display());
+        let control = fs::read_to_string(parent.join("cgroup.subtree_control"))?;
+        ensure!(control.trim().is_empty(), "controllers are left: {control}");
+        Ok(())
+    }
+
     /// Landlock leaves the supervisor, whose filter allows `openat`, what it needs for a restart.
     fn supervisor_is_narrow(&self) -> Result<()> {
         const FOLDER: i32 = libc::O_RDONLY | libc::O_DIRECTORY;
@@ -296,6 +400,32 @@ impl<'a> Setup<'a> {
             "it did not die of it:\n{said}"
         );
         Ok(())
+    }
+}
+
+/// A control group for a test, removed when dropped.
+struct TestGroup(PathBuf);
+
+impl TestGroup {
+    fn make() -> Result<Self> {
+        let mounts = fs::read_to_string("/proc/mounts")?;
+        let mount = mounts
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+            .find(|fields| fields.get(2) == Some(&"cgroup2"));
+        let Some(mount) = mount else {
+            return Err(Missing("a mounted cgroup2 file system".into()).into());
+        };
+        let path = Path::new(mount[1]).join(format!("anemone-xtask.{}", std::process::id()));
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for TestGroup {
+    fn drop(&mut self) {
+        // What it holds is a failure that has been told.
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
