@@ -309,6 +309,11 @@ impl Packages {
         self.root.with_libraries(name)
     }
 
+    /// Path of a shared library that the packages have brought.
+    pub fn library(&self, name: &str) -> Result<PathBuf> {
+        self.root.library(name)
+    }
+
     /// curl and iperf3 with all shared objects they load, to be run anywhere, and busybox: fetched
     /// when they are first asked for. In the folder a program is started as `lib64/ld-linux-x86-64.so.2
     /// --library-path lib bin/NAME`.
@@ -392,6 +397,14 @@ impl Root {
             }
         }
         Ok(files)
+    }
+
+    /// An unpacked shared library, which may lie in either of two folders.
+    fn library(&self, name: &str) -> Result<PathBuf> {
+        let mut places = self.library_dirs().into_iter().map(|dir| dir.join(name));
+        places
+            .find(|path| path.exists())
+            .with_context(|| format!("no package has brought {name}"))
     }
 
     fn program(&self, name: &str) -> Result<PathBuf> {

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -86,6 +86,25 @@ pub fn quiet(command: &mut Command) -> Result<Output> {
         );
     }
     Ok(output)
+}
+
+/// SHA-256 of bytes in hexadecimal, by coreutils.
+pub fn sha256(bytes: &[u8]) -> Result<String> {
+    let mut command = Command::new("sha256sum");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start sha256sum")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(bytes).context("sha256sum")?;
+    }
+    let output = child.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.split_whitespace().next() {
+        Some(sum) if output.status.success() => Ok(sum.to_string()),
+        _ => bail!("sha256sum failed: {}", output.status),
+    }
 }
 
 /// What a program did that was given a time limit.

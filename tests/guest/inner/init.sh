@@ -106,8 +106,10 @@ step_boots() {
 }
 
 step_rng() {
-    [ "$(dd if=/dev/hwrng bs=16 count=4 2>/dev/null | wc -c)" -gt 0 ] || fail "no random bytes"
+    dd if=/dev/hwrng of=/random bs=64 count=1 iflag=fullblock 2>/dev/null
+    [ "$(wc -c < /random)" = 64 ] || fail "no random bytes"
     say "random bytes from $(cat /sys/class/misc/hw_random/rng_current)"
+    say "random bytes $(hexdump -v -e '1/1 "%02x"' /random)"
 }
 
 free_mib() { awk '/MemFree/ { print int($2 / 1024) }' /proc/meminfo; }
@@ -260,7 +262,7 @@ step_serve() {
 
 # Sockets to the host and back; the program says what it does.
 step_vsock() {
-    anemone-guest-vsock "$(option vsock)" || fail "vsock"
+    anemone-guest-vsock "$(option vsock)" "$(option peer)" || fail "vsock"
 }
 
 client() {

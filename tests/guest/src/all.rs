@@ -95,7 +95,7 @@ fn run(place: &Place, memory: &str) -> Result<()> {
     let mut vm = Vm::start(place, &steps, &options)?;
     vm.wait_for("guest: all devices work")?;
     let path = socket.to_owned();
-    let exchange = thread::spawn(move || sockets::exchange(&path, SOCKET_BYTES));
+    let exchange = thread::spawn(move || sockets::exchange(&path, SOCKET_BYTES, false));
     balloon::ask(place, &vm, &["64M"])?;
     for _ in 0..3 {
         let fetched = curl(place, port)?;

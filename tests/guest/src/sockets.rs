@@ -40,11 +40,12 @@ pub fn serve(path: &Path) -> io::Result<JoinHandle<io::Result<u64>>> {
     }))
 }
 
-/// Connects to the guest, when it listens, sends so many bytes and compares what comes back.
+/// Connects to the guest, when it listens, sends so many bytes and compares what comes back. With `plain`
+/// the connection ends as a whole when all has come, otherwise one direction after the other.
 ///
 /// # Errors
 /// The guest does not listen in time, or something else comes back.
-pub fn exchange(path: &Path, bytes: u64) -> io::Result<()> {
+pub fn exchange(path: &Path, bytes: u64, plain: bool) -> io::Result<()> {
     let end = Instant::now() + PATIENCE;
     let mut reader = loop {
         match connect(path) {
@@ -62,10 +63,13 @@ pub fn exchange(path: &Path, bytes: u64) -> io::Result<()> {
             writer.write_all(&part)?;
             left -= part.len() as u64;
         }
-        writer.shutdown(Shutdown::Write)
+        match plain {
+            true => Ok(()),
+            false => writer.shutdown(Shutdown::Write),
+        }
     });
     let (mut pattern, mut buffer, mut came) = (Pattern::new(5), vec![0; 100_000], 0);
-    loop {
+    while !plain || came < bytes {
         let n = reader.read(&mut buffer)?;
         if n == 0 {
             break;

@@ -23,7 +23,7 @@ pub fn streams(place: &Place) -> Result<()> {
         &["--vsock", &option],
     )?;
     vm.wait_for("guest: vsock listens")?;
-    sockets::exchange(path, BYTES).map_err(|e| format!("to the guest: {e}"))?;
+    sockets::exchange(path, BYTES, false).map_err(|e| format!("to the guest: {e}"))?;
     vm.expect_exit(0)?;
     let echoed = server.join().map_err(|_| "a thread died")?;
     let echoed = echoed.map_err(|e| format!("from the guest: {e}"))?;

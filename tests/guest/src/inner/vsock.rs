@@ -3,6 +3,9 @@
 //!
 //! `BYTES` go to the host's port 1024 and come back, while as many come from the host to the guest's
 //! port 2048 and go back. Nobody listens at the host's port 1.
+//!
+//! With `plain` as the second argument nothing is asked for but connections and bytes: a device need
+//! not refuse a connection, nor let one direction of it end before the other.
 
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -17,8 +20,10 @@ const NOBODY: u32 = 1;
 const SEED: u64 = 17;
 
 fn main() -> ExitCode {
-    let bytes = std::env::args().nth(1).and_then(|text| text.parse().ok());
-    match run(bytes.unwrap_or(1 << 20)) {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let bytes = arguments.first().and_then(|text| text.parse().ok());
+    let plain = arguments.get(1).is_some_and(|text| text == "plain");
+    match run(bytes.unwrap_or(1 << 20), plain) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             println!("guest: FAIL vsock: {error}");
@@ -27,14 +32,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(bytes: u64) -> io::Result<()> {
-    match Vsock::connect(NOBODY) {
-        Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => {}
-        other => return Err(said(format!("a port without a listener: {other:?}"))),
+fn run(bytes: u64, plain: bool) -> io::Result<()> {
+    if !plain {
+        match Vsock::connect(NOBODY) {
+            Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => {}
+            other => return Err(said(format!("a port without a listener: {other:?}"))),
+        }
     }
     let listener = Listener::bind(GUEST_PORT)?;
     println!("guest: vsock listens");
-    let server = thread::spawn(move || serve(&listener));
+    let server = thread::spawn(move || serve(&listener, plain));
     let mut reader = Vsock::connect(HOST_PORT)?;
     let mut writer = reader.another()?;
     let sending = thread::spawn(move || -> io::Result<()> {
@@ -45,10 +52,10 @@ fn run(bytes: u64) -> io::Result<()> {
             writer.write_all(&part)?;
             left -= part.len() as u64;
         }
-        writer.end_sending()
+        end_sending(&writer, plain)
     });
     let (mut pattern, mut buffer, mut came) = (Pattern::new(SEED), vec![0; 40_000], 0);
-    loop {
+    while !plain || came < bytes {
         let n = reader.read(&mut buffer)?;
         if n == 0 {
             break;
@@ -63,6 +70,7 @@ fn run(bytes: u64) -> io::Result<()> {
         return Err(said(format!("{came} of {bytes} bytes came back")));
     }
     println!("guest: vsock {bytes} bytes to the host and back");
+    drop(reader);
     let served = server.join().map_err(|_| said("a thread died".into()))??;
     println!("guest: vsock {served} bytes from the host and back");
     Ok(())
@@ -73,10 +81,18 @@ fn said(text: String) -> io::Error {
 }
 
 /// Sends back what the first client sends, until it sends no more.
-fn serve(listener: &Listener) -> io::Result<u64> {
+fn serve(listener: &Listener, plain: bool) -> io::Result<u64> {
     let mut reader = listener.accept()?;
     let mut writer = reader.another()?;
     let bytes = io::copy(&mut reader, &mut writer)?;
-    writer.end_sending()?;
+    end_sending(&writer, plain)?;
     Ok(bytes)
+}
+
+/// Lets the other side see the end of what was sent, and goes on reading.
+fn end_sending(writer: &Vsock, plain: bool) -> io::Result<()> {
+    match plain {
+        true => Ok(()),
+        false => writer.end_sending(),
+    }
 }

@@ -98,8 +98,7 @@ pub fn restarts(context: &Context) -> Result<()> {
         }
         // Some rounds between two kills; the moment in a round depends on the machine.
         if kills < KILLS && version > u64::from(kills + 1) * 500 {
-            server.process.0.kill()?;
-            server.process.0.wait()?;
+            server.kill()?;
             interrupted += in_flight.len();
             server = start()?;
             kills += 1;

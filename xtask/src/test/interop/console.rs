@@ -3,7 +3,6 @@
 
 use std::io::{ErrorKind, Read};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use super::{Context, Daemon, Ours, START, daemons, folder};
 
 /// The back end is another's.
 pub fn foreign(context: &Context) -> Result<()> {
-    let program = daemons::program("vhost-device-console")?;
+    let mut daemon = daemons::command(context, "vhost-device-console")?;
     let folder = folder("foreign-console")?;
     // The daemon adds the number of the connection to the path.
     let socket = folder.join("socket0");
@@ -22,7 +21,7 @@ pub fn foreign(context: &Context) -> Result<()> {
         .local_addr()?
         .port();
     let server = Daemon::start(
-        Command::new(program)
+        daemon
             .args(["--backend", "network", "--tcp-port", &port.to_string()])
             .arg("--socket-path")
             .arg(folder.join("socket")),

@@ -4,16 +4,18 @@
 mod blk;
 mod console;
 mod daemons;
+mod fs;
 mod net;
 mod qtest;
 mod rng;
 mod vsock;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::initramfs::{self, Guest};
 use crate::packages::Packages;
@@ -41,11 +43,44 @@ const TESTS: &[Test] = &[
         "qemu has a network card of anemone-net on passt",
         net::under_qemu,
     ),
+    (
+        "qemu goes on when anemone-net is killed and started again",
+        net::restarts,
+    ),
     ("dpdk's virtio-user on anemone-net", net::under_dpdk),
     ("dpdk's vhost under the loop driver", net::foreign),
     ("qemu has random numbers of anemone-rng", rng::under_qemu),
     ("qemu has sockets of anemone-vsock", vsock::under_qemu),
+    ("qemu mounts a directory of anemone-fs", fs::under_qemu),
     ("vhost-device-rng under our VMM", rng::foreign),
+    (
+        "our VMM goes on when vhost-device-rng is killed and started again",
+        rng::foreign_restarts,
+    ),
+    (
+        "vhost-device-vsock under our VMM, memory=shared",
+        vsock::foreign_shared,
+    ),
+    (
+        "vhost-device-vsock under our VMM, memory=bounce",
+        vsock::foreign_bounced,
+    ),
+    (
+        "Debian's virtiofsd under our VMM, memory=shared",
+        fs::debian_shared,
+    ),
+    (
+        "Debian's virtiofsd under our VMM, memory=bounce",
+        fs::debian_bounced,
+    ),
+    (
+        "the registry's virtiofsd under our VMM, memory=shared",
+        fs::registry_shared,
+    ),
+    (
+        "the registry's virtiofsd under our VMM, memory=bounce",
+        fs::registry_bounced,
+    ),
     ("vhost-device-console under our VMM", console::foreign),
 ];
 
@@ -73,10 +108,24 @@ struct Daemon {
 impl Daemon {
     /// Starts it and waits until its socket is there.
     fn start(command: &mut Command, socket: &Path) -> Result<Self> {
-        let name = sh::display(command);
-        let process = sh::spawn(command.stdin(Stdio::null()))?;
+        let daemon = Self::spawn(command)?;
         sh::wait_for_path(socket, START)?;
-        Ok(Self { name, process })
+        Ok(daemon)
+    }
+
+    /// Starts it.
+    fn spawn(command: &mut Command) -> Result<Self> {
+        Ok(Self {
+            name: sh::display(command),
+            process: sh::spawn(command.stdin(Stdio::null()))?,
+        })
+    }
+
+    /// Ends it at once, as a crash does.
+    fn kill(mut self) -> Result<()> {
+        self.process.0.kill()?;
+        self.process.0.wait()?;
+        Ok(())
     }
 
     /// One of ours must outlive its client, and end well by SIGTERM, with everything written.
@@ -191,6 +240,18 @@ fn finish(vm: &mut Command) -> Result<String> {
         }
     );
     Ok(output)
+}
+
+/// Adds to the log of a daemon that is not ours, which says more than a terminal should show.
+fn log(name: &str) -> Result<File> {
+    let folder = sh::build_dir("logs/interop");
+    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let path = folder.join(format!("{name}.log"));
+    File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| path.display().to_string())
 }
 
 /// A new folder for the sockets and files of one test.
