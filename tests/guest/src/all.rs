@@ -110,6 +110,9 @@ fn run(place: &Place, memory: &str) -> Result<()> {
     balloon::expect(place, &vm, "0.0 MiB of 0.0 MiB")?;
     let exchanged = exchange.join().map_err(|_| "a thread died")?;
     exchanged.map_err(|e| format!("sockets to the guest: {e}"))?;
+    // What takes longest, so that all have been at work until here.
+    vm.wait_for("guest: share written")
+        .map_err(|e| vm.expect_said(&[]).err().unwrap_or(e))?;
     vm.type_text("\n")?;
     vm.expect_exit(0)?;
 
@@ -194,7 +197,13 @@ fn doctor_problems(text: &str, shared: bool) -> Vec<String> {
     }
     let mut problems = Vec::new();
     for (name, part) in parts {
-        let mut wanted = vec!["  descriptors\n", "  threads\n", "  limits  ", "  root  "];
+        let mut wanted = vec![
+            "  descriptors\n",
+            "  threads\n",
+            "  limits  ",
+            "  landlock  ",
+            "  root  ",
+        ];
         let sees_guest = name == "anemone-vmm" || shared && SHARED.contains(&name);
         wanted.push(match sees_guest {
             true => "  guest memory  327680 KiB mapped, writable",
@@ -242,7 +251,8 @@ mod tests {
             _ => "none",
         };
         format!(
-            "\n{name}, pid 7, user 0\n  root          an empty directory\n  guest memory  {guest}\n  \
+            "\n{name}, pid 7, user 0\n  root          an empty directory\n  landlock  \
+             ABI 7\n  guest memory  {guest}\n  \
              limits        open files 9\n  descriptors\n    9  /x/first.img  x\n    \
              10  /x/second.img  x\n    11  /x/serial.log  x\n  threads\n    7  x  policy main  1 \
              filter, no new privileges, no capability\n  policy main: 21 system calls\n    read\n"

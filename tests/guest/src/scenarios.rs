@@ -202,8 +202,7 @@ pub const ALL: &[Scenario] = &[
         "all-devices",
         "every device at work at the same time; curl both ways; what doctor says of each process",
         all::shared,
-    )
-    .only("soft"),
+    ),
     Scenario::new(
         "all-devices-bounce",
         "the same while no back end sees guest memory",
