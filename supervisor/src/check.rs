@@ -144,6 +144,7 @@ fn build(
         },
         accel,
         vm.config.cpus.count.get(),
+        &[],
     )?;
     let dump = match dump_to {
         Some(_) => Some(sys::memfd("acpi-tables", 0).map_err(system("memfd_create"))?),

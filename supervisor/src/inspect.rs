@@ -293,7 +293,7 @@ impl Process {
             }
         }
         let group = cgroup::of_process(&pid.to_string()).ok();
-        let threads = threads(pid, &program, accel)?;
+        let threads = threads(pid, &program, &words, accel)?;
         let policies = POLICIES
             .iter()
             .filter(|(of, name, _, _)| {
@@ -591,7 +591,7 @@ fn limits(folder: &str) -> BTreeMap<&'static str, String> {
         .collect()
 }
 
-fn threads(pid: u32, program: &str, accel: &str) -> io::Result<Vec<Thread>> {
+fn threads(pid: u32, program: &str, words: &[String], accel: &str) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
         let path = entry?.path();
@@ -604,7 +604,7 @@ fn threads(pid: u32, program: &str, accel: &str) -> io::Result<Vec<Thread>> {
         let filters = field("Seccomp_filters").parse().unwrap_or(0);
         const SETS: [&str; 4] = ["CapInh", "CapPrm", "CapEff", "CapAmb"];
         threads.push(Thread {
-            policy: policy_of(program, accel, &name, tid == pid, filters).map(str::to_owned),
+            policy: policy_of(program, words, accel, &name, tid == pid, filters).map(str::to_owned),
             tid,
             inside: field("NSpid")
                 .split_whitespace()
@@ -624,6 +624,7 @@ fn threads(pid: u32, program: &str, accel: &str) -> io::Result<Vec<Thread>> {
 /// The policy that a thread has taken on, by its name: threads are named after what they do.
 fn policy_of(
     program: &str,
+    words: &[String],
     accel: &str,
     thread: &str,
     first: bool,
@@ -645,11 +646,15 @@ fn policy_of(
         }),
         (VMM, name) if name.starts_with("dev-") => Some("device"),
         (VMM, "irqfd") => Some("irqfd"),
+        (VMM, "cpuid") => Some("cpuid"),
         (SUPERVISOR, _) => Some(if accel == "soft" { "soft" } else { "main" }),
         (_, "sandbox-log") => None,
         ("anemone-pmem", "flush") => Some("flush"),
-        // It narrows itself when the guest first uses it, which does not show here.
-        ("anemone-pmem", _) => None,
+        ("anemone-fs", _) if !first => Some(match words {
+            words if words.iter().any(|word| word == "--readonly") => "read",
+            words if words.windows(2).any(|two| two == ["--owner", "guest"]) => "owner",
+            _ => "queue",
+        }),
         _ if first => Some("main"),
         _ => Some("queue"),
     }
@@ -678,6 +683,18 @@ mod tests {
         assert_ne!(kind("socket:[17]"), kind("pipe:[17]"));
         assert_ne!(kind("anon_inode:[eventfd]"), kind("anon_inode:[pidfd]"));
         assert_ne!(kind("/a:[1]"), kind("/a:[2]"));
+    }
+
+    #[test]
+    fn a_share_has_the_policy_of_what_it_allows() {
+        let policy = |words: &[&str], first| {
+            let words: Vec<_> = words.iter().map(|&word| word.to_owned()).collect();
+            policy_of("anemone-fs", &words, "kvm", "queue1", first, 1)
+        };
+        assert_eq!(policy(&["--readonly"], true), Some("main"));
+        assert_eq!(policy(&["--tag", "a", "--readonly"], false), Some("read"));
+        assert_eq!(policy(&["--owner", "guest"], false), Some("owner"));
+        assert_eq!(policy(&["--owner", "self"], false), Some("queue"));
     }
 
     #[test]

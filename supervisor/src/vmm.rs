@@ -26,13 +26,14 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts one; it waits for its configuration. `accel` and `cpus` are those that it will be
-    /// told to use.
+    /// Starts one; it waits for its configuration. Accelerator, CPUs and the `devices` with a
+    /// back end are those that it will be told to use: it starts their threads.
     pub fn start(
         path: &Path,
         environment: Environment<'_>,
         accel: Option<&Opened>,
         cpus: u16,
+        devices: &[&str],
     ) -> Result<Self, Error> {
         let (channel, theirs) = anemone_ipc::pair().map_err(system("socketpair"))?;
         channel
@@ -42,9 +43,12 @@ impl Vmm {
         let mut program = Program::new(path);
         control_options(&mut program, &theirs, environment);
         let groups = environment.groups;
-        program.group(groups.and_then(|groups| groups.procs(cgroup::VMM)));
-        if let Some(Opened::Soft) = accel {
-            program.option("--soft-cpus", cpus);
+        program
+            .group(groups.and_then(|groups| groups.procs(cgroup::VMM)))
+            .option("--accel", accel.map_or("none", Opened::name))
+            .option("--cpus", cpus);
+        for id in devices {
+            program.option("--device", id);
         }
         Ok(Self {
             process: program.start()?,

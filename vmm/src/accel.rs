@@ -1,16 +1,18 @@
 //! The accelerators in this build.
 
+use std::cell::RefCell;
+use std::io;
 use std::sync::Arc;
 
-use anemone_accel_api::{Verdict, Vm};
+use anemone_accel_api::{Verdict, Vm, Work, spawn};
 use anemone_cpu::Leaf;
 use anemone_ipc::Received;
 use anemone_ipc::vmm::{Accel, ToVmm, VmConfig};
-use anemone_sandbox::Mode;
 
 use crate::error::Error;
 use crate::jail;
 use crate::run::Happenings;
+use crate::threads::{Role, Threads};
 
 /// Where `--self-test` and `--cpu-models` find `/dev/kvm`.
 #[cfg(feature = "kvm")]
@@ -55,8 +57,25 @@ pub fn create(
     received: &mut Received<ToVmm>,
     prepared: Prepared,
     happenings: &Arc<Happenings>,
-    mode: Mode,
+    threads: &mut Threads,
 ) -> Result<Arc<dyn Vm>, Error> {
+    // The accelerators name their threads.
+    let threads = RefCell::new(threads);
+    let spawn = |name: &str, work: Work| {
+        let role = match name {
+            "irqfd" => Role::Irqfd,
+            _ => Role::Cpuid,
+        };
+        let happenings = happenings.clone();
+        let work = move |restricted: Result<(), Error>| match restricted {
+            Ok(()) => work(),
+            Err(e) => happenings.fail(anemone_ipc::vmm::Event::Failed {
+                message: e.to_string(),
+            }),
+        };
+        let given = threads.borrow_mut().give(&role, work);
+        given.map_err(io::Error::other)
+    };
     match &config.accel {
         #[cfg(feature = "kvm")]
         Accel::Kvm { device } => {
@@ -64,20 +83,15 @@ pub fn create(
             Ok(Arc::new(anemone_accel_kvm::KvmVm::new(
                 device,
                 &config.cpu_model,
-            )?))
-        }
-        #[cfg(feature = "soft")]
-        Accel::Soft => {
-            let spawn = |name: &str, work| {
-                let happenings = happenings.clone();
-                spawn_restricted(name, work, happenings, mode)
-            };
-            Ok(Arc::new(anemone_accel_soft::SoftVm::new(
-                &config.cpu_model,
-                prepared.code,
                 &spawn,
             )?))
         }
+        #[cfg(feature = "soft")]
+        Accel::Soft => Ok(Arc::new(anemone_accel_soft::SoftVm::new(
+            &config.cpu_model,
+            prepared.code,
+            &spawn,
+        )?)),
         #[cfg(feature = "none")]
         Accel::None { socket } => {
             let socket = socket.map(|index| received.take(index)).transpose()?;
@@ -100,17 +114,15 @@ pub fn self_test(settings: &jail::Settings, accel: &str) -> Result<Verdict, Erro
         "kvm" => {
             let device = anemone_process::inherited_fd(DEVICE_FD)?;
             jail::enter(settings)?;
-            let vm = anemone_accel_kvm::KvmVm::new(device, anemone_cpu::HOST)?;
+            jail::restrict_probe(settings.mode)?;
+            let vm = anemone_accel_kvm::KvmVm::new(device, anemone_cpu::HOST, &spawn)?;
             Ok(anemone_accel_api::self_test(vm)?)
         }
         #[cfg(feature = "soft")]
         "soft" => {
             let prepared = Prepared::new(1)?;
             jail::enter(settings)?;
-            let spawn = |name: &str, work| {
-                let thread = std::thread::Builder::new().name(name.to_owned());
-                thread.spawn(work).map(drop)
-            };
+            jail::restrict_probe(settings.mode)?;
             let vm = anemone_accel_soft::SoftVm::new(anemone_cpu::HOST, prepared.code, &spawn)?;
             Ok(anemone_accel_api::self_test(vm)?)
         }
@@ -130,6 +142,7 @@ pub fn offered(settings: &jail::Settings) -> Result<Offers, Error> {
     #[cfg(feature = "kvm")]
     let device = anemone_process::inherited_fd(DEVICE_FD).ok();
     jail::enter(settings)?;
+    jail::restrict_probe(settings.mode)?;
     Ok(vec![
         #[cfg(feature = "kvm")]
         (
@@ -139,28 +152,4 @@ pub fn offered(settings: &jail::Settings) -> Result<Offers, Error> {
         #[cfg(feature = "soft")]
         ("soft", Some(anemone_accel_soft::offered())),
     ])
-}
-
-/// Starts the thread of `soft` that sends the devices' interrupts, in a jail of its own.
-#[cfg(feature = "soft")]
-fn spawn_restricted(
-    name: &str,
-    work: Box<dyn FnOnce() + Send>,
-    happenings: Arc<Happenings>,
-    mode: Mode,
-) -> std::io::Result<()> {
-    /// It moves numbers from one table to another.
-    const STACK: usize = 64 << 10;
-    let builder = std::thread::Builder::new();
-    let thread = builder.name(name.to_owned()).stack_size(STACK);
-    let body = move || {
-        match jail::restrict_irqfd(mode) {
-            Ok(()) => work(),
-            Err(e) => happenings.fail(anemone_ipc::vmm::Event::Failed {
-                message: e.to_string(),
-            }),
-        }
-        anemone_sandbox::rest();
-    };
-    thread.spawn(body).map(drop)
 }

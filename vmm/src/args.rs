@@ -4,6 +4,7 @@ use anemone_sandbox::Mode as SandboxMode;
 use lexopt::prelude::*;
 
 use crate::jail;
+use crate::threads::Plan;
 
 const HELP: &str = "\
 anemone-vmm: runs the CPUs of one Anemone virtual machine
@@ -15,7 +16,9 @@ Options:
   --parent-pid PID      end when this process is no longer the parent
   --sandbox on|log      on: a forbidden system call kills (default); log: it is reported
   --log-level LEVEL     off, error, warn (default), info, debug or trace
-  --soft-cpus N         make what N CPUs of accelerator `soft` need before entering the jail
+  --accel NAME, --cpus N, --device ID
+                        start the threads of a machine with this accelerator, so many CPUs and, for
+                        each --device, a back end; and make what the CPUs of accelerator `soft` need
   --self-test ACCEL     tell whether accelerator `kvm` or `soft` runs stock kernels here;
                         /dev/kvm is open as descriptor 4
   --cpu-models          print the CPU models, one a line, with what each accelerator lacks of
@@ -36,8 +39,8 @@ pub struct Args {
     pub mode: Mode,
     pub jail: jail::Settings,
     pub log_level: log::LevelFilter,
-    /// CPUs of accelerator `soft` to prepare for.
-    pub soft_cpus: u32,
+    /// The machine whose threads are started.
+    pub plan: Plan,
 }
 
 impl Args {
@@ -49,7 +52,7 @@ impl Args {
                 parent_pid: None,
             },
             log_level: log::LevelFilter::Warn,
-            soft_cpus: 0,
+            plan: Plan::default(),
         };
         let mut parser = lexopt::Parser::from_env();
         loop {
@@ -87,8 +90,10 @@ impl Args {
                         .map_err(|_| "the levels are off, error, warn, info, debug, trace")
                 })?;
             }
-            Long("soft-cpus") => {
-                self.soft_cpus = parser.value()?.parse_with(|text| match text.parse() {
+            Long("accel") => self.plan.accel = parser.value()?.string()?,
+            Long("device") => self.plan.devices.push(parser.value()?.string()?),
+            Long("cpus") => {
+                self.plan.cpus = parser.value()?.parse_with(|text| match text.parse() {
                     Ok(number @ 0..=anemone_virt::map::CPUS_MAX) => Ok(number),
                     _ => Err("not a number of CPUs"),
                 })?;

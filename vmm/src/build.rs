@@ -9,7 +9,6 @@ use anemone_acpi::AcpiConfig;
 use anemone_boot::{BootRequest, RangeKind};
 use anemone_ipc::vmm::{Device, Summary, ToVmm, VmConfig};
 use anemone_ipc::{Received, VERSION};
-use anemone_sandbox::Mode;
 use anemone_virt::{Board, map};
 use anemone_virtio::{Bounce, Connected, Layout, QUEUE_SIZE, VirtioPci, WorkQueue};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -18,6 +17,7 @@ use crate::device::{Running, Starting};
 use crate::error::Error;
 use crate::pmem::{self, Pmem};
 use crate::run::Happenings;
+use crate::threads::Threads;
 use crate::{accel, memory};
 
 /// Local APIC base register: enabled, and this is the boot processor (SDM volume 3, 11.4.4).
@@ -27,8 +27,6 @@ const APIC_BASE: u64 = map::LAPIC_BASE | 1 << 11 | 1 << 8;
 pub struct Machine {
     pub board: Arc<Board>,
     pub vcpus: Vec<Box<dyn Vcpu>>,
-    /// Name of the accelerator.
-    pub accel: &'static str,
     pub happenings: Arc<Happenings>,
     pub summary: Summary,
     /// The virtio devices that have a back end.
@@ -45,7 +43,7 @@ pub fn build(
     config: &VmConfig,
     received: &mut Received<ToVmm>,
     prepared: accel::Prepared,
-    mode: Mode,
+    threads: &mut Threads,
     landlock: u32,
 ) -> Result<Machine, Error> {
     if config.version != VERSION {
@@ -69,7 +67,7 @@ pub fn build(
         )));
     }
     let happenings = Arc::new(Happenings::new().map_err(Error::os("eventfd"))?);
-    let vm = accel::create(config, received, prepared, &happenings, mode)?;
+    let vm = accel::create(config, received, prepared, &happenings, threads)?;
     let memory_fd = received.take(config.memory_fd)?;
     let ram = memory::map_ram(&memory_fd, config.memory)?;
     memory::map_slots(&*vm, &ram)?;
@@ -90,7 +88,7 @@ pub fn build(
             let socket = received.take(index)?.into();
             let bounce = bounce(device, received, &ram)?;
             let (shared, happenings) = (shared.clone(), happenings.clone());
-            Starting::begin(device, socket, shared, bounce, happenings, mode).map(Some)
+            Starting::begin(device, socket, shared, bounce, happenings, threads).map(Some)
         })
         .collect::<Result<Vec<_>, Error>>()?;
 
@@ -199,7 +197,6 @@ pub fn build(
     Ok(Machine {
         board,
         vcpus,
-        accel: vm.name(),
         happenings,
         summary,
         devices,

@@ -3,19 +3,15 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread;
 use std::time::Duration;
 
 use anemone_ipc::vmm::{Device, Event};
-use anemone_sandbox::Mode;
 use anemone_virtio::{Bounce, Connected, FrontEnd, GuestRam, Limits, Notice, VirtioPci, WorkQueue};
 
 use crate::error::Error;
-use crate::jail;
 use crate::run::Happenings;
+use crate::threads::{Role, Threads};
 
-/// A device thread needs little: small messages and a memory table.
-const STACK: usize = 128 << 10;
 /// How long a back end may take to answer. It may have to finish disk requests first.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -44,14 +40,14 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// Starts the thread of a device.
+    /// Gives the thread of a device its work.
     pub fn begin(
         config: &Device,
         socket: UnixStream,
         ram: Arc<GuestRam>,
         bounce: Option<Bounce>,
         happenings: Arc<Happenings>,
-        mode: Mode,
+        threads: &mut Threads,
     ) -> Result<Self, Error> {
         let (tell, answer) = mpsc::channel();
         let (go, wait) = mpsc::channel::<Arc<VirtioPci>>();
@@ -67,9 +63,9 @@ impl Starting {
         };
         let body = {
             let (id, work) = (id.clone(), work.clone());
-            let serve = move || {
+            move |restricted: Result<(), Error>| {
                 let connect = || {
-                    jail::restrict_device(mode)?;
+                    restricted?;
                     FrontEnd::connect(socket, limits, bounce).map_err(|source| Error::Device {
                         id: id.clone(),
                         source,
@@ -91,17 +87,9 @@ impl Starting {
                 happenings.fail(Event::Failed {
                     message: format!("device `{id}`: its thread cannot wait: {error}"),
                 });
-            };
-            move || {
-                serve();
-                anemone_sandbox::rest();
             }
         };
-        thread::Builder::new()
-            .name(format!("dev-{id}").chars().take(15).collect())
-            .stack_size(STACK)
-            .spawn(body)
-            .map_err(Error::os("starting a device thread"))?;
+        threads.give(&Role::Device(id.clone()), body)?;
         Ok(Self {
             id,
             answer,

@@ -16,6 +16,7 @@ mod pmem;
 mod run;
 #[cfg(feature = "serial")]
 mod serial;
+mod threads;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ use anemone_process::inherited_fd;
 use crate::accel::Prepared;
 use crate::args::{Args, Mode};
 use crate::error::Error;
+use crate::threads::{Plan, Threads};
 
 fn main() -> ExitCode {
     let args = match Args::parse() {
@@ -53,7 +55,7 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
-        Mode::Run => match serve(&args.jail, args.soft_cpus) {
+        Mode::Run => match serve(&args.jail, &args.plan) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => {
                 log::error!("{e}");
@@ -100,8 +102,12 @@ fn cpu_models(jail: &jail::Settings) -> Result<String, Error> {
 }
 
 /// Builds and runs the one machine this process is for.
-fn serve(jail: &jail::Settings, soft_cpus: u32) -> Result<(), Error> {
+fn serve(jail: &jail::Settings, plan: &Plan) -> Result<(), Error> {
     // The threads of software CPUs allocate more than now and then.
+    let soft_cpus = match plan.accel.as_str() {
+        "soft" => plan.cpus,
+        _ => 0,
+    };
     match soft_cpus {
         0 => anemone_process::one_heap(),
         _ => anemone_process::several_heaps(),
@@ -109,12 +115,14 @@ fn serve(jail: &jail::Settings, soft_cpus: u32) -> Result<(), Error> {
     let prepared = Prepared::new(soft_cpus)?;
     let channel = Channel::new(inherited_fd(CONTROL_FD)?);
     let landlock = jail::enter(jail)?;
+    let mut threads = Threads::start(plan, jail.mode)?;
+    jail::restrict_build(jail.mode)?;
     let mut received = channel.recv::<ToVmm>()?;
     let ToVmm::Configure(config) = &received.message else {
         return Err(Error::Protocol("the first message is not a configuration"));
     };
     let config = config.as_ref().clone();
-    let machine = match build::build(&config, &mut received, prepared, jail.mode, landlock) {
+    let machine = match build::build(&config, &mut received, prepared, &mut threads, landlock) {
         Ok(machine) => machine,
         Err(e) => {
             channel.send(
@@ -129,7 +137,7 @@ fn serve(jail: &jail::Settings, soft_cpus: u32) -> Result<(), Error> {
     channel.send(&FromVmm::Ready(machine.summary.clone()), &[])?;
     match channel.recv::<ToVmm>() {
         Ok(message) if matches!(message.message, ToVmm::Start) => {
-            run::run(machine, channel, jail.mode)
+            run::run(machine, channel, &mut threads, jail.mode)
         }
         Ok(_) => Err(Error::Protocol("expected the order to start")),
         // A check ends here.

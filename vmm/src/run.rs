@@ -1,9 +1,9 @@
 //! Running a machine: a thread per vCPU, and the main loop that hears what happens.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::{io, thread};
 
 use anemone_accel_api::{EventFd, Stop, Vcpu};
 use anemone_ipc::Channel;
@@ -15,10 +15,8 @@ use anemone_virtio::Reconnect;
 use crate::build::Machine;
 use crate::device::Running;
 use crate::error::Error;
+use crate::threads::{Role, Threads};
 use crate::{jail, pmem};
-
-/// A vCPU thread runs register models and, without hardware for it, a CPU.
-const VCPU_STACK: usize = 256 << 10;
 
 /// Milliseconds without an event after which memory of the start is given back.
 const QUIET_MS: i32 = 500;
@@ -118,20 +116,18 @@ impl Signals for Happenings {
 }
 
 /// Runs the machine until the guest is over; the process ends then, and with it the vCPUs.
-pub fn run(mut machine: Machine, channel: Channel, mode: Mode) -> Result<(), Error> {
-    for (index, vcpu) in std::mem::take(&mut machine.vcpus).into_iter().enumerate() {
+pub fn run(
+    mut machine: Machine,
+    channel: Channel,
+    threads: &mut Threads,
+    mode: Mode,
+) -> Result<(), Error> {
+    for (index, vcpu) in (0..).zip(std::mem::take(&mut machine.vcpus)) {
         let (board, happenings) = (machine.board.clone(), machine.happenings.clone());
-        let accel = machine.accel;
         let has_pmem = !machine.pmem.is_empty();
-        thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .stack_size(VCPU_STACK)
-            .spawn(move || {
-                let jail = jail::restrict_vcpu(accel, mode);
-                run_vcpu(index, vcpu, &board, &happenings, jail, has_pmem);
-                anemone_sandbox::rest();
-            })
-            .map_err(Error::os("starting a vCPU thread"))?;
+        threads.give(&Role::Vcpu(index), move |restricted| {
+            run_vcpu(index, vcpu, &board, &happenings, restricted, has_pmem);
+        })?;
     }
     jail::restrict_run(mode)?;
     let mut panicked = false;
@@ -266,7 +262,7 @@ fn orders(machine: &Machine, channel: &Channel) -> Result<bool, Error> {
 }
 
 fn run_vcpu(
-    index: usize,
+    index: u32,
     mut vcpu: Box<dyn Vcpu>,
     board: &Board,
     to: &Arc<Happenings>,

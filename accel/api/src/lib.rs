@@ -21,7 +21,9 @@ mod event;
 mod self_test;
 mod state;
 
+use std::io;
 use std::os::fd::BorrowedFd;
+use std::thread;
 
 pub use event::EventFd;
 pub use self_test::{Verdict, self_test};
@@ -103,6 +105,22 @@ pub struct MsiMessage {
 /// Number of an interrupt route. Routes are made by [`Vm::set_msi_route`] and used by
 /// [`Vm::add_irqfd`].
 pub type Route = u32;
+
+/// What a thread of an accelerator does.
+pub type Work = Box<dyn FnOnce() + Send>;
+
+/// Lets a thread of an accelerator do its work, by the thread's name. Who makes an accelerator
+/// may have started the thread before, with a system-call policy of its own.
+pub type Spawn<'a> = &'a dyn Fn(&str, Work) -> io::Result<()>;
+
+/// A [`Spawn`] that starts a thread.
+///
+/// # Errors
+/// There is none to be had.
+pub fn spawn(name: &str, work: Work) -> io::Result<()> {
+    let thread = thread::Builder::new().name(name.to_owned());
+    thread.spawn(work).map(drop)
+}
 
 /// A virtual machine of one accelerator. All methods may be called from any thread.
 pub trait Vm: Send + Sync {

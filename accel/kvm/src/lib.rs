@@ -13,10 +13,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 
-use anemone_accel_api::{Error, IoAddress, MemorySlot, MsiMessage, Result, Route, Vcpu, Vm};
+use anemone_accel_api::{Error, IoAddress, MemorySlot, MsiMessage, Result, Route, Spawn, Vcpu, Vm};
 use anemone_cpu::Leaf;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
@@ -75,7 +75,7 @@ pub struct KvmVm {
 /// What KVM offers guests. The question costs 0.3 ms where the host is itself a virtual machine
 /// (every CPUID traps), so a thread asks it while the machine is being built.
 enum Offered {
-    Asking(Option<JoinHandle<Result<Vec<Leaf>>>>),
+    Asking(Receiver<Result<Vec<Leaf>>>),
     Known(Vec<Leaf>),
 }
 
@@ -100,12 +100,13 @@ fn borrowed_event(fd: BorrowedFd<'_>) -> ManuallyDrop<EventFd> {
 }
 
 impl KvmVm {
-    /// Makes an empty virtual machine whose CPUs are of a model. `device` is an open `/dev/kvm`.
+    /// Makes an empty virtual machine whose CPUs are of a model. `device` is an open `/dev/kvm`. The
+    /// thread `cpuid` asks it what it offers, and ends.
     ///
     /// # Errors
     /// [`Error::Missing`] names the capability that this host's KVM lacks. That it lacks features
     /// of the model shows at the first vCPU, as [`Error::CpuModel`].
-    pub fn new(device: OwnedFd, model: &str) -> Result<Self> {
+    pub fn new(device: OwnedFd, model: &str, spawn: Spawn<'_>) -> Result<Self> {
         // SAFETY: ownership of an open descriptor is handed over.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         if kvm.get_api_version() != API_VERSION {
@@ -117,17 +118,14 @@ impl KvmVm {
             }
         }
         let kvm = Arc::new(kvm);
-        let asking = {
-            let kvm = kvm.clone();
-            thread::Builder::new()
-                .name("cpuid".to_owned())
-                .stack_size(64 << 10)
-                .spawn(move || offered(&kvm))
-                .map_err(|source| Error::Os {
-                    what: "starting a thread",
-                    source,
-                })?
-        };
+        let (tell, answer) = mpsc::channel();
+        let asked = kvm.clone();
+        // Nobody listens any more if the machine is not going to be.
+        let ask = move || drop(tell.send(offered(&asked)));
+        spawn("cpuid", Box::new(ask)).map_err(|source| Error::Os {
+            what: "starting a thread",
+            source,
+        })?;
         let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         vm.set_identity_map_address(IDENTITY_MAP)
             .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
@@ -144,7 +142,7 @@ impl KvmVm {
             kvm,
             vm: Arc::new(vm),
             model: model.to_owned(),
-            offered: Offered::Asking(Some(asking)).into(),
+            offered: Offered::Asking(answer).into(),
             slots: Mutex::default(),
             routes: Mutex::default(),
         })
@@ -153,11 +151,11 @@ impl KvmVm {
     /// What CPU `index` of `count` answers to CPUID.
     fn cpuid(&self, index: u32, count: u32) -> Result<CpuId> {
         let mut offered = lock(&self.offered);
-        if let Offered::Asking(thread) = &mut *offered {
-            let answer = thread.take().and_then(|thread| thread.join().ok());
+        if let Offered::Asking(answer) = &*offered {
             let gone =
-                || Error::Guest("the thread that asks KVM for its CPUID has ended".to_owned());
-            *offered = Offered::Known(answer.ok_or_else(gone)??);
+                |_| Error::Guest("the thread that asks KVM for its CPUID has ended".to_owned());
+            let leaves = answer.recv().map_err(gone)??;
+            *offered = Offered::Known(leaves);
         }
         match &*offered {
             Offered::Known(leaves) => cpuid::for_vcpu(&self.model, leaves, index, count),

@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 
-use anemone_accel_api::{Verdict, Vm, conformance, self_test};
+use anemone_accel_api::{Verdict, Vm, conformance, self_test, spawn};
 
 use super::KvmVm;
 
@@ -24,7 +24,7 @@ fn device() -> Option<OwnedFd> {
 
 /// A virtual machine for [`conformance`]; only called where there is KVM.
 fn make() -> Box<dyn Vm> {
-    Box::new(KvmVm::new(device().unwrap(), anemone_cpu::HOST).unwrap())
+    Box::new(KvmVm::new(device().unwrap(), anemone_cpu::HOST, &spawn).unwrap())
 }
 
 /// Runs a test of [`conformance`] where there is KVM.
@@ -62,7 +62,7 @@ fn event_on_a_route_reaches_the_local_apic() {
 #[test]
 fn self_test_gives_a_verdict() {
     let Some(device) = device() else { return };
-    match self_test(KvmVm::new(device, anemone_cpu::HOST).unwrap()).unwrap() {
+    match self_test(KvmVm::new(device, anemone_cpu::HOST, &spawn).unwrap()).unwrap() {
         Verdict::Usable => {}
         Verdict::Unusable(reason) => assert!(!reason.is_empty()),
     }
@@ -75,7 +75,10 @@ fn models_are_what_the_host_can_do() {
     for model in anemone_cpu::MODELS {
         let Some(device) = device() else { return };
         let missing = model.missing(&offered);
-        match KvmVm::new(device, model.name).unwrap().create_vcpu(0, 2) {
+        match KvmVm::new(device, model.name, &spawn)
+            .unwrap()
+            .create_vcpu(0, 2)
+        {
             Ok(_) => assert!(missing.is_empty(), "{missing:?}"),
             Err(e) => {
                 let text = e.to_string();
@@ -85,6 +88,6 @@ fn models_are_what_the_host_can_do() {
         }
     }
     let Some(device) = device() else { return };
-    let vm = KvmVm::new(device, "no-such-model").unwrap();
+    let vm = KvmVm::new(device, "no-such-model", &spawn).unwrap();
     assert!(vm.create_vcpu(0, 1).is_err());
 }

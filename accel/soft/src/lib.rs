@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anemone_accel_api::{Error, IoAddress, MemorySlot, MsiMessage, Result, Route, Vcpu, Vm};
+use anemone_accel_api::{Error, IoAddress, MemorySlot, MsiMessage, Result, Route, Spawn, Vcpu, Vm};
 use anemone_cpu::Leaf;
 use anemone_soft_apic::{Apics, MAX_CPUS, Platform};
 use anemone_soft_core::{ATTENTION_APIC, Clock, CodeRegistry, Config, Cpuid, Shared, Signals};
@@ -31,9 +31,6 @@ use crate::irqfd::Irqfds;
 use crate::vcpu::SoftVcpu;
 
 const NAME: &str = "soft";
-
-/// Starts a thread of the given name. It runs as long as the VM exists.
-pub type Spawn<'a> = &'a dyn Fn(&str, Box<dyn FnOnce() + Send>) -> io::Result<()>;
 
 /// A virtual machine on software CPUs.
 pub struct SoftVm {
@@ -71,7 +68,7 @@ fn failed(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 
 impl SoftVm {
     /// An empty virtual machine of as many CPUs as there is `code` memory ([`code_memory`]), all of
-    /// one model.
+    /// one model. Its thread `irqfd` runs as long as the VM exists.
     ///
     /// # Errors
     /// [`Error::CpuModel`] names the features that the model has and this engine does not offer

@@ -14,10 +14,7 @@ use crate::{SoftVm, code_memory};
 
 fn vm(model: &str, cpus: usize) -> anemone_accel_api::Result<SoftVm> {
     let code = (0..cpus).map(|_| code_memory().unwrap()).collect();
-    SoftVm::new(model, code, &|name, work| {
-        let thread = thread::Builder::new().name(name.to_owned());
-        thread.spawn(work).map(drop)
-    })
+    SoftVm::new(model, code, &anemone_accel_api::spawn)
 }
 
 fn make() -> Box<dyn Vm> {

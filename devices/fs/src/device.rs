@@ -32,12 +32,14 @@ pub struct FsDevice {
     tag: [u8; TAG_SIZE],
     namespace: Option<OwnedFd>,
     sandbox: Mode,
-    pool: Option<Arc<Pool>>,
     urgent: Option<Vring>,
     /// The driver has broken the urgent queue.
     broken: bool,
     request: Request,
-    workers: Vec<Option<Worker>>,
+    /// Number of queues beside the urgent one.
+    queues: usize,
+    /// Their threads, once those have started.
+    workers: Vec<Worker>,
 }
 
 impl FsDevice {
@@ -55,11 +57,11 @@ impl FsDevice {
             tag,
             namespace,
             sandbox,
-            pool: None,
             urgent: None,
             broken: false,
             request: Request::default(),
-            workers: (0..queues).map(|_| None).collect(),
+            queues,
+            workers: Vec::with_capacity(queues),
         }
     }
 
@@ -75,7 +77,7 @@ impl FsDevice {
             let again = ring.popped_again();
             let started = self.request.start(&ring.memory, chain, URGENT, again);
             let written = match started {
-                Ok(()) => self.fs.serve(&mut self.request, true).unwrap_or(0),
+                Ok(()) => self.fs.serve_urgent(&mut self.request),
                 Err(why) => {
                     warn_limited!("urgent queue: a request is returned unread: {why}");
                     0
@@ -94,13 +96,13 @@ impl Device for FsDevice {
     }
 
     fn queue_count(&self) -> usize {
-        1 + self.workers.len()
+        1 + self.queues
     }
 
     /// `struct virtio_fs_config` without `notify_buf_size` (virtio 1.3, 5.11.4).
     fn config(&self) -> Vec<u8> {
         let mut config = self.tag.to_vec();
-        config.extend_from_slice(&(self.workers.len() as u32).to_le_bytes());
+        config.extend_from_slice(&(self.queues as u32).to_le_bytes());
         config
     }
 
@@ -115,6 +117,15 @@ impl Device for FsDevice {
         if settings.act {
             jail.capabilities = ACTING;
         }
+    }
+
+    fn start_threads(&mut self) -> io::Result<()> {
+        let pool = Pool::start(&self.fs, self.sandbox)?;
+        for index in 1..=self.queues {
+            let worker = Worker::new(index, &self.fs, &pool, self.sandbox)?;
+            self.workers.push(worker);
+        }
+        Ok(())
     }
 
     fn attach(&mut self, host: &Host) {
@@ -138,17 +149,10 @@ impl Device for FsDevice {
             self.broken = false;
             return Ok(());
         }
-        let pool = match &self.pool {
-            Some(pool) => pool,
-            None => self.pool.insert(Pool::start(&self.fs, self.sandbox)?),
-        };
-        let worker = Worker::start(ring, &self.fs, pool, self.sandbox)?;
-        let index = worker.index() - 1;
-        match self.workers.get_mut(index) {
-            Some(place) => *place = Some(worker),
-            None => drop(worker.stop()),
+        match self.workers.get_mut(ring.index - 1) {
+            Some(worker) => worker.start(ring),
+            None => Err(io::Error::other("it has no thread")),
         }
-        Ok(())
     }
 
     fn stop_queue(&mut self, index: usize) -> u16 {
@@ -156,7 +160,7 @@ impl Device for FsDevice {
             let ring = self.urgent.take();
             return ring.map_or(0, |ring| ring.queue.next_avail());
         }
-        let worker = self.workers.get_mut(index - 1).and_then(Option::take);
+        let worker = self.workers.get_mut(index - 1);
         worker.map_or(0, Worker::stop)
     }
 

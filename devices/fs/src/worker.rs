@@ -6,8 +6,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 
 use anemone_device::{Mode, RingError, Vring};
 use anemone_log::warn_limited;
@@ -30,7 +31,7 @@ struct Shared {
     broken: AtomicBool,
     stop: AtomicBool,
     /// An eventfd that ends a wait.
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     /// Requests that the pool has.
     pooled: Mutex<usize>,
     none_pooled: Condvar,
@@ -152,16 +153,20 @@ impl Shared {
     }
 }
 
-/// The thread of a queue.
+/// The thread of a queue, which lives as long as the process and serves the queue's ring whenever
+/// it is started.
 pub struct Worker {
-    shared: Arc<Shared>,
-    thread: JoinHandle<()>,
+    rings: Sender<Arc<Shared>>,
+    /// Hears when the thread has let go of a ring.
+    done: Receiver<()>,
+    wake: Arc<OwnedFd>,
+    shared: Option<Arc<Shared>>,
 }
 
 impl Worker {
-    /// Serves a ring.
-    pub fn start(
-        ring: Vring,
+    /// Starts the thread of queue `index`, which takes on its policy and waits for a ring.
+    pub fn new(
+        index: usize,
         fs: &Arc<FileSystem>,
         pool: &Arc<Pool>,
         sandbox: Mode,
@@ -171,49 +176,71 @@ impl Worker {
         if wake < 0 {
             return Err(io::Error::last_os_error());
         }
+        // SAFETY: the descriptor is new and ours.
+        let wake = Arc::new(unsafe { OwnedFd::from_raw_fd(wake) });
+        let (rings, rings_end) = channel::<Arc<Shared>>();
+        let (done_end, done) = channel();
+        let (fs, pool) = (Arc::clone(fs), Arc::clone(pool));
+        Builder::new()
+            .name(format!("queue{index}"))
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                restrict(&fs, sandbox);
+                while let Ok(queue) = rings_end.recv() {
+                    queue.serve(&fs, &pool);
+                    drop(queue);
+                    // Who stops the ring waits for this.
+                    let _ = done_end.send(());
+                }
+                anemone_sandbox::rest();
+            })?;
+        Ok(Self {
+            rings,
+            done,
+            wake,
+            shared: None,
+        })
+    }
+
+    /// Serves a ring.
+    pub fn start(&mut self, ring: Vring) -> io::Result<()> {
         let shared = Arc::new(Shared {
             index: ring.index,
             ring: Mutex::new(ring),
             broken: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            // SAFETY: the descriptor is new and ours.
-            wake: unsafe { OwnedFd::from_raw_fd(wake) },
+            wake: Arc::clone(&self.wake),
             pooled: Mutex::new(0),
             none_pooled: Condvar::new(),
         });
-        let (queue, fs, pool) = (Arc::clone(&shared), Arc::clone(fs), Arc::clone(pool));
-        let thread = Builder::new()
-            .name(format!("queue{}", shared.index))
-            .stack_size(STACK_SIZE)
-            .spawn(move || {
-                restrict(sandbox);
-                queue.serve(&fs, &pool);
-            })?;
-        Ok(Self { shared, thread })
-    }
-
-    /// Number of the queue.
-    pub fn index(&self) -> usize {
-        self.shared.index
+        self.shared = Some(Arc::clone(&shared));
+        let gone = |_| io::Error::other("its thread has ended");
+        self.rings.send(shared).map_err(gone)
     }
 
     /// Finishes what is in flight; the index of the next available entry.
-    pub fn stop(self) -> u16 {
-        self.shared.stop.store(true, Ordering::Release);
+    pub fn stop(&mut self) -> u16 {
+        let Some(shared) = self.shared.take() else {
+            return 0;
+        };
+        shared.stop.store(true, Ordering::Release);
         let mut count = 1u64;
-        let wake = self.shared.wake.as_raw_fd();
+        let wake = self.wake.as_raw_fd();
         // SAFETY: 8 bytes are read from `count`.
-        unsafe { libc::write(wake, (&raw mut count).cast(), 8) };
-        if self.thread.join().is_err() {
-            log::error!("the thread of queue {} has ended badly", self.shared.index);
+        unsafe { libc::write(wake, (&raw const count).cast(), 8) };
+        if self.done.recv().is_err() {
+            log::error!("the thread of queue {} has ended badly", shared.index);
         }
-        let mut pooled = lock(&self.shared.pooled);
+        // Cleared here: the thread may have seen the flag before the eventfd was written.
+        // SAFETY: at most 8 bytes are stored in `count`.
+        unsafe { libc::read(wake, (&raw mut count).cast(), 8) };
+        let mut pooled = lock(&shared.pooled);
         while *pooled > 0 {
-            let wait = self.shared.none_pooled.wait(pooled);
+            let wait = shared.none_pooled.wait(pooled);
             pooled = wait.unwrap_or_else(PoisonError::into_inner);
         }
         drop(pooled);
-        lock(&self.shared.ring).queue.next_avail()
+        lock(&shared.ring).queue.next_avail()
     }
 }
 
@@ -236,7 +263,7 @@ impl Pool {
                 .name(format!("slow{number}"))
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
-                    restrict(sandbox);
+                    restrict(&fs, sandbox);
                     pool.serve(&fs);
                 })?;
         }
@@ -273,9 +300,14 @@ impl Pool {
     }
 }
 
-/// Takes the policy of the threads that carry out requests.
-fn restrict(sandbox: Mode) {
-    if let Err(error) = anemone_sandbox::restrict(&policies::QUEUE, sandbox) {
+/// Takes on the policy of the threads that carry out requests: what the configuration allows them.
+fn restrict(fs: &FileSystem, sandbox: Mode) {
+    let policy = match fs.settings() {
+        settings if settings.read_only => &policies::READ,
+        settings if settings.act => &policies::OWNER,
+        _ => &policies::QUEUE,
+    };
+    if let Err(error) = anemone_sandbox::restrict(policy, sandbox) {
         log::error!("a thread cannot be restricted: {error}");
         std::process::exit(1);
     }

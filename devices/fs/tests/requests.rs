@@ -166,6 +166,21 @@ fn names_are_looked_up() {
             .reply,
         None
     );
+    // What may take longer does not belong there.
+    let lookup = anemone_driver::fs::Call {
+        opcode: op::LOOKUP,
+        nodeid: ROOT,
+        args: Args::new().name("b").done(),
+        room: Some(128),
+        ..Default::default()
+    };
+    let urgent = &mut device.queues[0];
+    requests.submit(&memory, urgent, &lookup).unwrap();
+    urgent.publish();
+    urgent.kick();
+    assert!(urgent.wait(std::time::Duration::from_secs(20)).unwrap());
+    let reply = requests.finish(&memory, urgent).unwrap().reply;
+    assert_eq!(reply, Some(Err(libc::ENOSYS)));
     let queue = &mut device.queues[common::QUEUE];
     let mut mount = anemone_driver::fs::Mount::unmounted(&memory, queue, 4096);
     assert_eq!(mount.getattr(file), Err(libc::ESTALE));
@@ -720,6 +735,7 @@ fn a_share_for_reading_is_not_changed() {
     let mut shared = Shared::prepared(&["--readonly"], |root| {
         fs::write(root.join("file"), b"text").unwrap();
         fs::create_dir(root.join("dir")).unwrap();
+        std::os::unix::fs::symlink("file", root.join("link")).unwrap();
     });
     let path = shared.path("file");
     let mut mount = mount!(shared);
@@ -773,6 +789,27 @@ fn a_share_for_reading_is_not_changed() {
         refused.iter().all(|r| *r == Err(libc::EROFS)),
         "{refused:?}"
     );
+    // What only reads is there, all of it: the threads have a policy of their own for this.
+    let seek = Args::new()
+        .u64(fh)
+        .u64(0)
+        .u32(libc::SEEK_DATA as u32)
+        .u32(0);
+    let sync = || Args::new().u64(fh).u32(0).u32(0);
+    let get = Args::new().u32(9).u32(0).name("user.none");
+    let list = Args::new().u32(500).u32(0);
+    assert_eq!(mount.call(op::LSEEK, node, seek, 8).unwrap(), [0; 8]);
+    assert_eq!(mount.call(op::FSYNC, node, sync(), 0), Ok(Vec::new()));
+    let sync_all = Args::new().u64(0);
+    assert_eq!(mount.call(op::SYNCFS, ROOT, sync_all, 0), Ok(Vec::new()));
+    assert_eq!(mount.call(op::GETXATTR, node, get, 9), Err(libc::ENODATA));
+    assert_eq!(mount.call(op::LISTXATTR, node, list, 500), Ok(Vec::new()));
+    assert!(mount.call(op::STATFS, ROOT, Args::new(), 80).is_ok());
+    let link = mount.lookup(ROOT, "link").unwrap().nodeid;
+    let target = mount.call(op::READLINK, link, Args::new(), 4096);
+    assert_eq!(target.unwrap(), b"file");
+    let dir = mount.opendir(ROOT).unwrap();
+    assert!(mount.readdir(ROOT, dir, true, 4096).unwrap().len() >= 3);
     let mut text = String::new();
     File::open(path).unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "text");
@@ -835,4 +872,33 @@ fn largest_requests_pass_with_a_bounce() {
     }
     let all: Vec<u8> = (0..COUNT).flat_map(content).collect();
     assert!(fs::read(shared.path("file")).unwrap() == all);
+}
+
+#[test]
+fn new_files_belong_to_the_guests_user_if_that_is_asked_for() {
+    // SAFETY: no arguments.
+    if unsafe { libc::geteuid() } != 0 {
+        let folder = tempfile::tempdir().unwrap();
+        let args = ["--tag", "test", "--owner", "guest", "--directory"];
+        let mut command = std::process::Command::new(common::BINARY);
+        let output = command.args(args).arg(folder.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("--owner guest needs root"), "{said}");
+        return;
+    }
+    use std::os::unix::fs::MetadataExt;
+    let mut shared = Shared::start(&["--owner", "guest", "--uid-map", "0:0:1+1000:2000:1"]);
+    let path = shared.path("file");
+    let mut mount = mount!(shared);
+    let open = mount.create(ROOT, "mine", libc::O_RDWR, 0o600).unwrap();
+    assert_eq!(open.0.attr.uid, 0);
+    mount.requests.user = (1000, 0);
+    let (entry, fh) = mount.create(ROOT, "file", libc::O_RDWR, 0o4711).unwrap();
+    assert_eq!(entry.attr.uid, 1000);
+    // Writing takes the set-user-id bit away, by mode.
+    mount.write(entry.nodeid, fh, 0, b"x", 0).unwrap();
+    let attr = mount.getattr(entry.nodeid).unwrap();
+    assert_eq!((attr.uid, attr.mode & 0o7777), (1000, 0o711));
+    let status = fs::metadata(path).unwrap();
+    assert_eq!(status.uid(), 2000);
 }

@@ -3,14 +3,13 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use anemone_device::{Chain, Device, Mode, RingError, Vring, Watch};
+use anemone_device::{Chain, Device, RingError, Vring, Watch};
 use anemone_log::warn_limited;
 use virtio_queue::QueueT;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::flusher::Flusher;
-use crate::policies;
 
 /// The only type of request (virtio 1.3, 5.19.6).
 const FLUSH: u32 = 0;
@@ -44,19 +43,17 @@ pub struct Pmem {
     waiting: Vec<Request>,
     /// Requests that the running flush serves; empty when none runs.
     running: Vec<Request>,
-    sandbox: Mode,
 }
 
 impl Pmem {
     /// A device whose memory `flusher` flushes.
-    pub fn new(flusher: Flusher, sandbox: Mode) -> Self {
+    pub fn new(flusher: Flusher) -> Self {
         Self {
             flusher,
             ring: None,
             broken: false,
             waiting: Vec::new(),
             running: Vec::new(),
-            sandbox,
         }
     }
 
@@ -147,10 +144,11 @@ impl Device for Pmem {
         Vec::new()
     }
 
+    fn start_threads(&mut self) -> io::Result<()> {
+        self.flusher.start()
+    }
+
     fn start_queue(&mut self, ring: Vring) -> io::Result<()> {
-        if self.flusher.start()? {
-            anemone_sandbox::restrict(&policies::RUN, self.sandbox).map_err(io::Error::other)?;
-        }
         self.ring = Some(ring);
         self.broken = false;
         Ok(())

@@ -14,8 +14,7 @@ use crate::policies;
 /// Calling `fdatasync` needs little.
 const STACK_SIZE: usize = 64 << 10;
 
-/// Flushes the file, one flush at a time. The thread starts with the first call of
-/// [`start`](Flusher::start), when the process is in its jail, and restricts itself further.
+/// Flushes the file, one flush at a time, on a thread with a policy of its own.
 pub struct Flusher {
     /// Until the thread has them.
     idle: Option<(Backing, Receiver<()>, Sender<bool>)>,
@@ -50,25 +49,27 @@ impl Flusher {
         })
     }
 
-    /// Starts the thread unless it runs; true if it did not.
+    /// Starts the thread, which takes on its policy and waits for orders.
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn start(&mut self) -> io::Result<bool> {
-        let Some((backing, orders, results)) = self.idle.take() else {
-            return Ok(false);
-        };
-        let (sandbox, done) = (self.sandbox, Arc::clone(&self.done));
-        thread::Builder::new()
-            .name("flush".to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || run(backing, &orders, &results, &done, sandbox))?;
-        Ok(true)
+    pub fn start(&mut self) -> io::Result<()> {
+        if let Some((backing, orders, results)) = self.idle.take() {
+            let (sandbox, done) = (self.sandbox, Arc::clone(&self.done));
+            thread::Builder::new()
+                .name("flush".to_owned())
+                .stack_size(STACK_SIZE)
+                .spawn(move || {
+                    run(backing, &orders, &results, &done, sandbox);
+                    anemone_sandbox::rest();
+                })?;
+        }
+        Ok(())
     }
 
     /// Begins a flush, which covers all that was written before.
     pub fn begin(&self) {
-        // The thread ends only with the process.
+        // The thread hears orders for as long as there is somebody to give them.
         let _ = self.orders.send(());
     }
 

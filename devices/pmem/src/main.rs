@@ -72,10 +72,7 @@ impl Program for Options {
             (None, Some(fd)) => Backing::from_fd(fd, self.read_only)?,
             _ => return Err("one of --file and --file-fd is needed".into()),
         };
-        Ok(Pmem::new(
-            Flusher::new(backing, common.sandbox)?,
-            common.sandbox,
-        ))
+        Ok(Pmem::new(Flusher::new(backing, common.sandbox)?))
     }
 }
 

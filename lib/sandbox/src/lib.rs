@@ -127,7 +127,7 @@ pub enum Error {
 macro_rules! include_policies {
     () => {
         /// The system call policies of this program, compiled from its folder `policy`.
-        mod policies {
+        pub(crate) mod policies {
             include!(concat!(env!("OUT_DIR"), "/policy.rs"));
         }
     };

@@ -20,7 +20,7 @@ use std::time::Duration;
 use crate::Error;
 use crate::filter::{Call, Filter};
 use crate::report::{Denied, ThreadName};
-use crate::seccomp::{install, thread_id, thread_name};
+use crate::seccomp::{identity, install};
 
 /// linux/seccomp.h.
 const NEW_LISTENER: libc::c_ulong = 1 << 3;
@@ -75,7 +75,12 @@ const NOT_YET: RawFd = -1;
 const NOT_NEEDED: RawFd = -2;
 
 pub(crate) fn restrict(filter: &'static Filter) -> Result<(), Error> {
-    let (thread, name) = (thread_id(), thread_name());
+    let (thread, name, first) = identity();
+    if !first {
+        // The gate that the thread has is the same for all policies of a program.
+        enrol(thread, &name, filter);
+        return Ok(());
+    }
     // The monitor starts first, because it must not inherit the gate; it learns the listener by
     // a plain store, because from then on any call of this thread may need the monitor.
     let listener = Arc::new(AtomicI32::new(NOT_YET));

@@ -53,7 +53,7 @@ pub fn restrict(filter: &'static Filter, mode: Mode) -> Result<(), Error> {
             install_reporter();
             // Asked now, because a report may not ask.
             report::remember_process();
-            THREAD.set((thread_id(), thread_name().0));
+            identity();
             if let Some(slot) = POLICIES.get(usize::from(filter.index)) {
                 slot.store(ptr::from_ref(filter).cast_mut(), Ordering::Release);
             }
@@ -197,13 +197,25 @@ fn install_panic_hook() {
     }));
 }
 
-pub(crate) fn thread_id() -> i32 {
+/// Id and name of the calling thread, and whether this is the first call: the thread is asked then
+/// only, because the policy that it has taken on since may forbid to ask.
+pub(crate) fn identity() -> (i32, ThreadName, bool) {
+    let (known, name) = THREAD.get();
+    if known != 0 {
+        return (known, ThreadName(name), false);
+    }
+    let (id, name) = (thread_id(), thread_name());
+    THREAD.set((id, name.0));
+    (id, name, true)
+}
+
+fn thread_id() -> i32 {
     // SAFETY: no arguments.
     unsafe { libc::gettid() }
 }
 
 /// The name of the calling thread.
-pub(crate) fn thread_name() -> ThreadName {
+fn thread_name() -> ThreadName {
     let mut name = [0u8; 16];
     // SAFETY: the kernel writes at most 16 bytes, with a NUL.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };

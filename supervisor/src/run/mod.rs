@@ -137,7 +137,9 @@ impl Host<'_> {
 
     fn start_vmm(&self) -> Result<Vmm, Error> {
         let cpus = self.vm.config.cpus.count.get();
-        Vmm::start(&self.vmm_path, self.environment, Some(&self.accel), cpus)
+        let devices: Vec<_> = self.vm.devices.iter().map(|d| d.id.as_str()).collect();
+        let accel = Some(&self.accel);
+        Vmm::start(&self.vmm_path, self.environment, accel, cpus, &devices)
     }
 }
 

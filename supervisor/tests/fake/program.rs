@@ -86,8 +86,10 @@ fn vmm(folder: &Path, channel: &Channel, args: &[String]) {
         .matches("started")
         .count();
     note(folder, "vmm", &format!("started {}", descriptors()));
-    let soft_cpus = after(args, "--soft-cpus").unwrap_or_default();
-    note(folder, "vmm", &format!("soft-cpus {soft_cpus}"));
+    let [of, cpus] = ["--accel", "--cpus"].map(|name| after(args, name).unwrap_or_default());
+    let devices = args.iter().filter(|arg| *arg == "--device").count();
+    let plan = format!("threads for {of}, {cpus} CPUs, {devices} devices");
+    note(folder, "vmm", &plan);
     let script = fs::read_to_string(folder.join("vmm.script")).expect("vmm.script");
     let lines: Vec<_> = script.lines().collect();
     let line = lines.get(start).or(lines.last()).expect("a line");

@@ -10,10 +10,9 @@ mod machine;
 
 use std::fs::OpenOptions;
 use std::process::ExitCode;
-use std::thread;
 use std::time::Duration;
 
-use anemone_accel_api::Vm;
+use anemone_accel_api::{Vm, spawn};
 use anemone_accel_kvm::KvmVm;
 use anemone_accel_soft::{SoftVm, code_memory};
 
@@ -76,14 +75,10 @@ fn new_vm(options: &Options, cpus: u32) -> Result<Box<dyn Vm>> {
                 .write(true)
                 .open("/dev/kvm")
                 .map_err(|e| format!("/dev/kvm: {e}"))?;
-            Ok(Box::new(KvmVm::new(device.into(), &options.model)?))
+            Ok(Box::new(KvmVm::new(device.into(), &options.model, &spawn)?))
         }
         "soft" => {
             let code: std::io::Result<Vec<_>> = (0..cpus).map(|_| code_memory()).collect();
-            let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-                let thread = thread::Builder::new().name(name.to_owned());
-                thread.spawn(work).map(drop)
-            };
             Ok(Box::new(SoftVm::new(&options.model, code?, &spawn)?))
         }
         other => Err(format!("no accelerator `{other}`").into()),

@@ -38,11 +38,7 @@ fn vm(model: &str, cpus: u32) -> Result<AnyVm, String> {
         .map(|_| anemone_accel_soft::code_memory())
         .collect::<Result<Vec<_>, _>>()
         .map_err(|e| e.to_string())?;
-    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-        let thread = std::thread::Builder::new().name(name.to_owned());
-        thread.spawn(work).map(drop)
-    };
-    anemone_accel_soft::SoftVm::new(model, code, &spawn)
+    anemone_accel_soft::SoftVm::new(model, code, &anemone_accel_api::spawn)
         .map(|vm| Arc::new(vm) as AnyVm)
         .map_err(|e| e.to_string())
 }

@@ -135,8 +135,16 @@ impl Vmm {
             .args(["--control-fd", "3", "--parent-pid"])
             .arg(std::process::id().to_string())
             .stdin(Stdio::null());
-        if let Accel::Soft = config.accel {
-            command.args(["--soft-cpus", &config.cpus.to_string()]);
+        let accel = match config.accel {
+            Accel::Kvm { .. } => "kvm",
+            Accel::Soft => "soft",
+            Accel::None { .. } => "none",
+        };
+        // The command line has fewer CPUs than a configuration that is refused for their number.
+        let cpus = config.cpus.min(anemone_virt::map::CPUS_MAX);
+        command.args(["--accel", accel, "--cpus", &cpus.to_string()]);
+        for device in config.devices.iter().filter(|d| d.socket.is_some()) {
+            command.args(["--device", &device.id]);
         }
         let raw = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe; the descriptor is open in the child.

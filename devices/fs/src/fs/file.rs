@@ -117,11 +117,18 @@ impl FileSystem {
         let mut args = Fields(&request.args);
         let (fh, flags) = (args.u64()?, args.u32()?);
         let (fd, _) = self.opened(fh, request.header.nodeid)?;
+        if self.settings.read_only {
+            // The guest has written nothing.
+            return Ok(Out::default());
+        }
         sys::sync(fd.as_fd(), flags & fuse::FSYNC_DATA != 0)?;
         Ok(Out::default())
     }
 
     pub(super) fn sync_all(&self) -> Outcome<Out> {
+        if self.settings.read_only {
+            return Ok(Out::default());
+        }
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let root = sys::open(self.root(), c".", flags, 0)?;
         sys::sync_all(root.as_fd())?;
