@@ -1,6 +1,7 @@
 //! Running a machine: a thread per vCPU, and the main loop that hears what happens.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -125,8 +126,17 @@ pub fn run(
     for (index, vcpu) in (0..).zip(std::mem::take(&mut machine.vcpus)) {
         let (board, happenings) = (machine.board.clone(), machine.happenings.clone());
         let has_pmem = !machine.pmem.is_empty();
+        // It stays when it has stopped: to unmap what it has is not among what its thread may do.
+        let mut vcpu = ManuallyDrop::new(vcpu);
         threads.give(&Role::Vcpu(index), move |restricted| {
-            run_vcpu(index, vcpu, &board, &happenings, restricted, has_pmem);
+            run_vcpu(
+                index,
+                &mut **vcpu,
+                &board,
+                &happenings,
+                restricted,
+                has_pmem,
+            );
         })?;
     }
     jail::restrict_run(mode)?;
@@ -263,7 +273,7 @@ fn orders(machine: &Machine, channel: &Channel) -> Result<bool, Error> {
 
 fn run_vcpu(
     index: u32,
-    mut vcpu: Box<dyn Vcpu>,
+    vcpu: &mut dyn Vcpu,
     board: &Board,
     to: &Arc<Happenings>,
     jail: Result<(), Error>,

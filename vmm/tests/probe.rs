@@ -3,6 +3,8 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
@@ -39,17 +41,9 @@ fn has_a_verdict(accel: &str, device: Option<&File>) {
     assert_eq!(said, "");
 }
 
-fn kvm() -> Option<File> {
-    let file = File::options().read(true).write(true).open("/dev/kvm");
-    let allowed = std::env::var("ANEMONE_ALLOW_MISSING").unwrap_or_default();
-    let may_lack = allowed.split(',').any(|name| name == "kvm");
-    assert!(file.is_ok() || may_lack, "{file:?}");
-    file.ok()
-}
-
 #[test]
 fn the_self_test_of_kvm_has_a_verdict() {
-    if let Some(device) = kvm() {
+    if let Some(device) = common::kvm() {
         has_a_verdict("kvm", Some(&device));
     }
 }
@@ -61,7 +55,7 @@ fn the_self_test_of_the_software_cpu_has_a_verdict() {
 
 #[test]
 fn the_cpu_models_are_told() {
-    let device = kvm();
+    let device = common::kvm();
     let output = ask(&["--cpu-models"], device.as_ref());
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {said}", output.status);

@@ -82,6 +82,15 @@ pub fn kernel(code: &[u8]) -> File {
     file
 }
 
+/// `/dev/kvm`, or `None` where its absence was declared acceptable.
+pub fn kvm() -> Option<File> {
+    let file = File::options().read(true).write(true).open("/dev/kvm");
+    let allowed = std::env::var("ANEMONE_ALLOW_MISSING").unwrap_or_default();
+    let may_lack = allowed.split(',').any(|name| name == "kvm");
+    assert!(file.is_ok() || may_lack, "/dev/kvm: {file:?}");
+    file.ok()
+}
+
 pub struct Vmm {
     pub child: Child,
     pub channel: Channel,

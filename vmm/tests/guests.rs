@@ -1,4 +1,4 @@
-//! Guests of a few instructions on the software CPU, in the whole process with its jail.
+//! Guests of a few instructions on the software CPU and on KVM, in the whole process with its jail.
 
 #![allow(clippy::unwrap_used, reason = "failures of helpers are the tests'")]
 
@@ -12,17 +12,30 @@ use anemone_virt::map;
 
 use common::{MORE_FDS, Vmm, kernel};
 
-/// Starts a guest that consists of this 64-bit code, entered with paging on.
-fn run(code: &[u8], cpus: u32) -> Vmm {
+/// Runs a guest that consists of this 64-bit code, entered with paging on: on each accelerator it
+/// must end with this event.
+fn ends_with(code: &[u8], cpus: u32, event: &Event) {
     let kernel = kernel(code);
-    let (vmm, answer) = Vmm::configure_with(&[kernel.as_fd()], |config| {
-        config.accel = Accel::Soft;
-        config.kernel = FdIndex(MORE_FDS);
-        config.cpus = cpus;
-    });
-    assert!(matches!(answer, FromVmm::Ready(_)), "{answer:?}");
-    vmm.channel.send(&ToVmm::Start, &[]).unwrap();
-    vmm
+    let soft = (Accel::Soft, None);
+    let device = FdIndex(MORE_FDS + 1);
+    let kvm = common::kvm().map(|file| (Accel::Kvm { device }, Some(file)));
+    for (accel, device) in [Some(soft), kvm].into_iter().flatten() {
+        let what = format!("{accel:?}");
+        let fds: Vec<_> = [Some(&kernel), device.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(AsFd::as_fd)
+            .collect();
+        let (mut vmm, answer) = Vmm::configure_with(&fds, |config| {
+            config.accel = accel;
+            config.kernel = FdIndex(MORE_FDS);
+            config.cpus = cpus;
+        });
+        assert!(matches!(answer, FromVmm::Ready(_)), "{what}: {answer:?}");
+        vmm.channel.send(&ToVmm::Start, &[]).unwrap();
+        assert_eq!(&vmm.event(), event, "{what}");
+        assert_eq!(vmm.child.wait().unwrap().code(), Some(0), "{what}");
+    }
 }
 
 /// mov dx, PORT; mov al, VALUE; out dx, al
@@ -35,14 +48,14 @@ fn reset() -> [u8; 7] {
 fn a_guest_writes_the_reset_register() {
     let code = [&reset()[..], &[0xF4]].concat(); // hlt
     let cause = "reset register".to_owned();
-    assert_eq!(run(&code, 2).event(), Event::Reset { cause });
+    ends_with(&code, 2, &Event::Reset { cause });
 }
 
 #[test]
 fn a_guest_without_handlers_resets() {
     let cause = "triple fault".to_owned();
     // ud2; there is no IDT.
-    assert_eq!(run(&[0x0F, 0x0B], 1).event(), Event::Reset { cause });
+    ends_with(&[0x0F, 0x0B], 1, &Event::Reset { cause });
 }
 
 #[test]
@@ -56,7 +69,7 @@ fn a_guest_reads_its_machine() {
         &[0x0F, 0x0B], // ud2
     ];
     let cause = "reset register".to_owned();
-    assert_eq!(run(&code.concat(), 1).event(), Event::Reset { cause });
+    ends_with(&code.concat(), 1, &Event::Reset { cause });
 }
 
 #[test]
