@@ -18,6 +18,8 @@ use crate::registry::VMM;
 
 /// The program of the supervisor.
 const SUPERVISOR: &str = "anemone";
+/// The program of a shared directory.
+const SHARE: &str = "anemone-fs";
 /// The namespaces that are told.
 const NAMESPACES: [&str; 7] = ["user", "mnt", "pid", "ipc", "uts", "net", "cgroup"];
 /// The limits that are told, as `/proc/PID/limits` names them.
@@ -34,6 +36,14 @@ pub struct Report {
     name: String,
     accel: String,
     processes: Vec<Process>,
+}
+
+/// What of a VM decides on the policies of its processes.
+#[derive(Clone, Copy)]
+struct About<'a> {
+    accel: &'a str,
+    /// Whether a directory is shared.
+    shares: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -114,10 +124,16 @@ impl Report {
     pub fn of(vm: &Status) -> Result<Self, Error> {
         let pids = family(vm.pid);
         let ram = guest_memory(&pids);
+        let about = About {
+            accel: &vm.accel,
+            shares: pids
+                .iter()
+                .any(|pid| program(*pid).as_deref() == Some(SHARE)),
+        };
         let mut processes = Vec::new();
         for pid in pids {
             let told = vm.processes.iter().find(|p| p.pid == Some(pid));
-            match Process::look(pid, &vm.accel, ram.as_ref(), told) {
+            match Process::look(pid, about, ram.as_ref(), told) {
                 Ok(process) => processes.push(process),
                 // It has ended meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -241,7 +257,7 @@ impl<'a> Mapping<'a> {
 impl Process {
     fn look(
         pid: u32,
-        accel: &str,
+        about: About<'_>,
         ram: Option<&(String, u64)>,
         told: Option<&protocol::Process>,
     ) -> io::Result<Self> {
@@ -293,7 +309,7 @@ impl Process {
             }
         }
         let group = cgroup::of_process(&pid.to_string()).ok();
-        let threads = threads(pid, &program, &words, accel)?;
+        let threads = threads(pid, &program, &words, about)?;
         let policies = POLICIES
             .iter()
             .filter(|(of, name, _, _)| {
@@ -591,7 +607,7 @@ fn limits(folder: &str) -> BTreeMap<&'static str, String> {
         .collect()
 }
 
-fn threads(pid: u32, program: &str, words: &[String], accel: &str) -> io::Result<Vec<Thread>> {
+fn threads(pid: u32, program: &str, words: &[String], about: About<'_>) -> io::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
         let path = entry?.path();
@@ -604,7 +620,7 @@ fn threads(pid: u32, program: &str, words: &[String], accel: &str) -> io::Result
         let filters = field("Seccomp_filters").parse().unwrap_or(0);
         const SETS: [&str; 4] = ["CapInh", "CapPrm", "CapEff", "CapAmb"];
         threads.push(Thread {
-            policy: policy_of(program, words, accel, &name, tid == pid, filters).map(str::to_owned),
+            policy: policy_of(program, words, about, &name, tid == pid, filters).map(str::to_owned),
             tid,
             inside: field("NSpid")
                 .split_whitespace()
@@ -625,7 +641,7 @@ fn threads(pid: u32, program: &str, words: &[String], accel: &str) -> io::Result
 fn policy_of(
     program: &str,
     words: &[String],
-    accel: &str,
+    about: About<'_>,
     thread: &str,
     first: bool,
     filters: u32,
@@ -639,7 +655,7 @@ fn policy_of(
     }
     match (program, thread) {
         (VMM, _) if first => Some(if filters > 1 { "run" } else { "main" }),
-        (VMM, name) if name.starts_with("vcpu") => Some(match accel {
+        (VMM, name) if name.starts_with("vcpu") => Some(match about.accel {
             "soft" => "vcpu-soft",
             "none" => "vcpu-none",
             _ => "vcpu",
@@ -647,10 +663,15 @@ fn policy_of(
         (VMM, name) if name.starts_with("dev-") => Some("device"),
         (VMM, "irqfd") => Some("irqfd"),
         (VMM, "cpuid") => Some("cpuid"),
-        (SUPERVISOR, _) => Some(if accel == "soft" { "soft" } else { "main" }),
+        (SUPERVISOR, _) => Some(match (about.accel, about.shares) {
+            ("soft", true) => "soft-share",
+            ("soft", false) => "soft",
+            (_, true) => "share",
+            (_, false) => "main",
+        }),
         (_, "sandbox-log") => None,
         ("anemone-pmem", "flush") => Some("flush"),
-        ("anemone-fs", _) if !first => Some(match words {
+        (SHARE, _) if !first => Some(match words {
             words if words.iter().any(|word| word == "--readonly") => "read",
             words if words.windows(2).any(|two| two == ["--owner", "guest"]) => "owner",
             _ => "queue",
@@ -687,14 +708,22 @@ mod tests {
 
     #[test]
     fn a_share_has_the_policy_of_what_it_allows() {
+        let about = About {
+            accel: "kvm",
+            shares: true,
+        };
         let policy = |words: &[&str], first| {
             let words: Vec<_> = words.iter().map(|&word| word.to_owned()).collect();
-            policy_of("anemone-fs", &words, "kvm", "queue1", first, 1)
+            policy_of(SHARE, &words, about, "queue1", first, 1)
         };
         assert_eq!(policy(&["--readonly"], true), Some("main"));
         assert_eq!(policy(&["--tag", "a", "--readonly"], false), Some("read"));
         assert_eq!(policy(&["--owner", "guest"], false), Some("owner"));
         assert_eq!(policy(&["--owner", "self"], false), Some("queue"));
+        let supervisor =
+            |accel, shares| policy_of(SUPERVISOR, &[], About { accel, shares }, "anemone", true, 1);
+        assert_eq!(supervisor("kvm", true), Some("share"));
+        assert_eq!(supervisor("soft", false), Some("soft"));
     }
 
     #[test]

@@ -275,7 +275,7 @@ impl<'a> Session<'a> {
         let socket = self.control.as_ref().map(Server::path);
         let groups = self.host.environment.groups.map(Groups::parent);
         self.places = reach::of(vm, programs, socket, groups);
-        self.landlock = jail::enter(vm.config.sandbox, &self.host.accel, &self.places)?;
+        self.landlock = jail::enter(vm, &self.host.accel, &self.places)?;
         Ok(())
     }
 
