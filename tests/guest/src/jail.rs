@@ -77,6 +77,12 @@ fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
         .map(str::trim)
 }
 
+/// Whether a process's first thread filters its system calls.
+pub fn is_filtered(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    field(&status, "Seccomp") == Some("2")
+}
+
 /// Everything that is wrong with a process; empty if it is in its jail. `files` are paths it may
 /// hold open besides what its role needs, such as its disk image.
 pub fn problems(process: &Process, files: &[&str]) -> Vec<String> {

@@ -200,15 +200,15 @@ impl<'a> Setup<'a> {
             child: sh::spawn(&mut command)?,
             processes: Vec::new(),
         };
-        // All programs are there, and the vCPU has begun to run.
+        // All programs are there, and the supervisor has entered its own jail: it starts the guest then.
         let end = Instant::now() + Duration::from_secs(10);
         loop {
             running.processes = jail::family(running.child.0.id());
             let complete = PROGRAMS
                 .iter()
                 .all(|program| running.processes.iter().any(|p| p.program == *program));
-            if complete && running.thread("vcpu").is_ok() {
-                // The last thread's filter is installed just before it waits.
+            if complete && jail::is_filtered(running.child.0.id()) {
+                // The VMM's first thread takes on its last policy when the guest runs.
                 thread::sleep(Duration::from_millis(100));
                 return Ok(running);
             }
