@@ -139,7 +139,54 @@ pub fn build(path: &Path, release: bool) -> Result<Binaries> {
         let built = target_dir().join(profile).join(name);
         fs::copy(&built, folder.join(name)).with_context(|| built.display().to_string())?;
     }
+    let product = Binaries { folder, names };
+    for (name, path) in product.iter() {
+        ensure!(
+            !is_compromised(&path)?,
+            "{name} contains what only a test build may: see tests/compromised"
+        );
+    }
+    Ok(product)
+}
+
+/// Device processes and a VMM that try what they must not, for a test: what `unit` has built, with
+/// the feature `compromised`.
+pub fn compromised() -> Result<Binaries> {
+    sh::progress("building compromised device processes (debug)");
+    let mut names: Vec<String> = DEVICES.iter().map(|d| format!("anemone-{d}")).collect();
+    names.extend(["anemone-vmm", "anemone-compromised"].map(String::from));
+    // The selection of `unit`, so that it and this share what has nothing to do with the feature.
+    sh::run(cargo().args([
+        "build",
+        "--quiet",
+        "--workspace",
+        "--exclude=xtask",
+        "--bins",
+        "--features=anemone-device/compromised",
+    ]))?;
+    // The keeper of passt is outside of any jail, and reads nothing that is not the host's.
+    names.push("anemone-passt".to_string());
+    let folder = sh::fresh_dir("out/compromised")?;
+    for name in &names {
+        let built = target_dir().join("debug").join(name);
+        fs::copy(&built, folder.join(name)).with_context(|| built.display().to_string())?;
+    }
     Ok(Binaries { folder, names })
+}
+
+/// Whether a program makes the attempts of a compromised one: it then has the word for its reports.
+pub fn is_compromised(program: &Path) -> Result<bool> {
+    let code = fs::read(program).with_context(|| program.display().to_string())?;
+    let mark = anemone_compromised::MARK.as_bytes();
+    let (first, rest) = mark.split_first().context("the mark is empty")?;
+    let mut left = &code[..];
+    while let Some(at) = left.iter().position(|byte| byte == first) {
+        left = &left[at + 1..];
+        if left.starts_with(rest) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The build that tests, demonstration and benchmarks run: everything, as released.
@@ -221,6 +268,22 @@ mod tests {
                 "anemone/console"
             ]
         );
+    }
+
+    #[test]
+    fn the_mark_of_a_test_build_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("program");
+        let mark = anemone_compromised::MARK;
+        for (text, marked) in [
+            (String::new(), false),
+            (mark[1..].to_string(), false),
+            (mark[..5].to_string(), false),
+            (format!("\0c{mark}\0"), true),
+        ] {
+            fs::write(&path, &text).unwrap();
+            assert_eq!(is_compromised(&path).unwrap(), marked, "{text:?}");
+        }
     }
 
     #[test]

@@ -217,12 +217,19 @@ impl<D: Device> MainLoop<D> {
                 watch(fd.as_raw_fd(), libc::POLLOUT, Source::Device(token));
             }
         }
-        let timeout = if self.untrimmed { QUIET_MS } else { -1 };
+        let timeout = match self.untrimmed || cfg!(feature = "compromised") {
+            true => QUIET_MS,
+            false => -1,
+        };
         // SAFETY: `polls` is an array of pollfd of the length given.
         let n = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout) };
         if n == 0 {
             self.untrimmed = false;
             anemone_process::release_memory();
+            #[cfg(feature = "compromised")]
+            if self.session.as_ref().is_some_and(Session::serves) {
+                anemone_compromised::serving(anemone_log::role());
+            }
         }
         if n < 0 {
             let error = io::Error::last_os_error();

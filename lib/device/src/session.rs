@@ -83,6 +83,12 @@ impl Session {
         }
     }
 
+    /// Whether there is a driver.
+    #[cfg(feature = "compromised")]
+    pub fn serves(&self) -> bool {
+        self.rings.iter().any(|ring| ring.started)
+    }
+
     /// Handles the requests that have arrived. An error ends the connection.
     pub fn handle_requests(
         &mut self,

@@ -66,6 +66,8 @@ impl Default for ProcessJail {
 /// [`Error::ParentGone`] where `parent_pid` is not the parent (any more), [`Error::Threads`]
 /// where the process has several threads.
 pub fn enter(jail: &ProcessJail) -> Result<Layers, Error> {
+    #[cfg(feature = "compromised")]
+    anemone_compromised::prepare();
     let layers = apply(jail)?;
     let refused: Vec<String> = layers
         .refused()

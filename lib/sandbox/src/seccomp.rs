@@ -58,6 +58,8 @@ pub fn restrict(filter: &'static Filter, mode: Mode) -> Result<(), Error> {
                 slot.store(ptr::from_ref(filter).cast_mut(), Ordering::Release);
             }
             install(filter.program, 0).map_err(Error::Seccomp)?;
+            #[cfg(feature = "compromised")]
+            anemone_compromised::restricted(anemone_log::role(), filter.name);
             Ok(())
         }
         Mode::Log => monitor::restrict(filter),
@@ -105,6 +107,13 @@ pub(crate) fn install(program: &[Instruction], flags: libc::c_ulong) -> io::Resu
     }
 }
 
+/// The handler of SIGSYS never returns, so that a signal that it blocks stays blocked: the next denied
+/// call ends the process. Where the next one is to be tried, nothing is blocked.
+const OTHER_FLAGS: libc::c_int = match cfg!(feature = "compromised") {
+    true => libc::SA_NODEFER,
+    false => 0,
+};
+
 fn install_reporter() {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(|| {
@@ -113,7 +122,7 @@ fn install_reporter() {
         unsafe {
             let mut action: libc::sigaction = mem::zeroed();
             action.sa_sigaction = on_sigsys as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO;
+            action.sa_flags = libc::SA_SIGINFO | OTHER_FLAGS;
             libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut());
         }
         install_panic_hook();
@@ -162,6 +171,8 @@ extern "C" fn on_sigsys(_: libc::c_int, info: *mut libc::siginfo_t, context: *mu
             let_through: None,
         }
         .print();
+        #[cfg(feature = "compromised")]
+        anemone_compromised::denied();
     }
     // SIGSYS is blocked until this handler returns. One more denied call sends it nevertheless,
     // with its default action (kernel/signal.c, force_sig_info_to_task).

@@ -221,6 +221,7 @@ fn may_hold(program: &str, number: &str, target: &str, files: &[&str]) -> bool {
         "anemone-balloon" | "anemone-fs" | "anemone-pmem" | "anemone-rng" | "anemone-vsock" => {
             &["/memfd:"]
         }
+        "anemone-net" => &["/memfd:", "/dev/net/tun"],
         "anemone" => &[
             "anon_inode:[pidfd]",
             "/dev/tty",

@@ -18,7 +18,7 @@ use crate::report::Outcome;
 use crate::{sh, tiny};
 
 use super::inject::{self, Call};
-use super::{Context, Missing};
+use super::{Context, Missing, compromised};
 
 /// What none of the processes may do.
 const FORBIDDEN: &[Call] = &[
@@ -64,25 +64,34 @@ const PROGRAMS: &[&str] = &[
     "anemone-blk",
     "anemone-console",
     "anemone-fs",
+    "anemone-net",
     "anemone-pmem",
     "anemone-rng",
     "anemone-vsock",
 ];
 
+/// Programs outside of the jail: passt, which jails itself, and what keeps it running.
+const OUTSIDE: &[&str] = &["anemone-passt", "passt"];
+
 pub fn run(context: &Context, parts: &[String]) -> Result<Vec<Outcome>> {
-    let wanted = |accel: &str| parts.is_empty() || parts.iter().any(|part| part == accel);
-    if let Some(part) = parts.iter().find(|p| !matches!(p.as_str(), "kvm" | "soft")) {
-        bail!("{part} is not an accelerator that runs a guest; there are kvm and soft");
+    let wanted = |name: &str| parts.is_empty() || parts.iter().any(|part| part == name);
+    let known = |part: &String| matches!(part.as_str(), "kvm" | "soft" | "compromised");
+    if let Some(part) = parts.iter().find(|part| !known(part)) {
+        bail!("{part} is no part of the jail tests; there are kvm, soft and compromised");
     }
     if wanted("kvm") && !PathBuf::from("/dev/kvm").exists() {
         return Err(Missing("/dev/kvm, for a VM that runs; jail:soft needs none".into()).into());
     }
     let product = context.product()?;
+    let passt = context.packages()?.passt()?;
     let mut outcomes = Vec::new();
     for accel in ["kvm", "soft"] {
         if wanted(accel) {
-            run_with(&Setup::new(product, accel)?, &mut outcomes);
+            run_with(&Setup::new(product, accel, &passt)?, &mut outcomes);
         }
+    }
+    if wanted("compromised") {
+        compromised::run(context, &mut outcomes)?;
     }
     Ok(outcomes)
 }
@@ -131,6 +140,7 @@ fn run_with(setup: &Setup<'_>, outcomes: &mut Vec<Outcome>) {
 struct Setup<'a> {
     product: &'a Binaries,
     accel: &'static str,
+    passt: &'a Path,
     kernel: PathBuf,
     disk: PathBuf,
     memory: PathBuf,
@@ -141,7 +151,7 @@ struct Setup<'a> {
 }
 
 impl<'a> Setup<'a> {
-    fn new(product: &'a Binaries, accel: &'static str) -> Result<Self> {
+    fn new(product: &'a Binaries, accel: &'static str, passt: &'a Path) -> Result<Self> {
         let folder = sh::fresh_dir("jail")?;
         let disk = folder.join("disk.img");
         fs::File::create(&disk)?.set_len(1 << 20)?;
@@ -152,6 +162,7 @@ impl<'a> Setup<'a> {
         Ok(Self {
             product,
             accel,
+            passt,
             kernel: tiny::kernel()?,
             disk,
             memory,
@@ -186,6 +197,8 @@ impl<'a> Setup<'a> {
             .arg(format!("tag=share,path={}", self.share.display()))
             .arg("--vsock")
             .arg(format!("socket={}", self.socket.display()))
+            .arg("--net")
+            .arg(format!("user,passt={}", self.passt.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(fs::File::create(&self.errors)?);
@@ -241,6 +254,7 @@ impl<'a> Setup<'a> {
         let problems: Vec<_> = running
             .processes
             .iter()
+            .filter(|process| !OUTSIDE.contains(&process.program.as_str()))
             .flat_map(|process| {
                 let files: &[&str] = match process.program.as_str() {
                     "anemone-blk" => &[&disk],

@@ -30,6 +30,19 @@ pub fn run(_: &Context, _: &[String]) -> Result<Vec<Outcome>> {
             ])),
         ),
         Outcome::of(
+            "clippy of compromised builds",
+            sh::run(build::cargo().args([
+                "clippy",
+                "--quiet",
+                "--package=anemone-device",
+                "--package=anemone-sandbox",
+                "--features=anemone-device/compromised",
+                "--",
+                "-D",
+                "warnings",
+            ])),
+        ),
+        Outcome::of(
             "shell",
             sh::run(
                 Command::new("bash")

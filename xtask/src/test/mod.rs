@@ -2,6 +2,7 @@
 
 mod badinput;
 mod bare;
+mod compromised;
 mod iasl;
 mod inject;
 mod interop;
@@ -54,7 +55,7 @@ const GROUPS: &[Group] = &[
     Group {
         name: "jail",
         about: "/proc of every process of a running VM; forbidden system calls made in them; \
-                jail:ACCELERATOR for one",
+                jail:ACCELERATOR for one; builds that try them themselves (jail:compromised)",
         run: jail::run,
     },
     Group {
