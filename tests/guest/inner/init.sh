@@ -546,6 +546,11 @@ load_console() {
 
 load_vsock() { anemone-guest-load vsock; }
 
+load_net() {
+    step_static
+    anemone-guest-load net "$(cat /tmp/router):$(option port)"
+}
+
 load_pmem() {
     wait_for_pmem
     anemone-guest-load pmem /dev/pmem0

@@ -1,7 +1,7 @@
 //! iperf3 between guest and host, and between two guests. What must be is that the bytes arrive; how
 //! fast they do is told and nothing more.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -84,15 +84,8 @@ fn connect(place: &Place, port: u16, reverse: Option<&str>) -> Result<String> {
 /// Between two guests, each on a tap of its own, with this host as the router.
 pub fn taps(place: &Place) -> Result<()> {
     sys::leave_network().map_err(|e| format!("a network namespace: {e}"))?;
-    for (tap, address) in [("left", "10.0.1.1/24"), ("right", "10.0.2.1/24")] {
-        for words in [
-            format!("tunctl -t {tap}"),
-            format!("ip address add {address} dev {tap}"),
-            format!("ip link set {tap} up"),
-        ] {
-            busybox(place, &words)?;
-        }
-    }
+    net::make_tap(place, "left", "10.0.1.1/24")?;
+    net::make_tap(place, "right", "10.0.2.1/24")?;
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(|e| format!("ip_forward: {e}"))?;
     let fs = clients(place);
     let start = |steps: &str, tap: &str| {
@@ -160,20 +153,6 @@ fn received(json: &str) -> Option<(u64, u64)> {
 
 fn clients(place: &Place) -> String {
     format!("tag=clients,path={},readonly", place.clients.display())
-}
-
-fn busybox(place: &Place, words: &str) -> Result<()> {
-    let output = Command::new(place.clients.join("bin/busybox"))
-        .args(words.split(' '))
-        .output()
-        .map_err(|e| format!("busybox: {e}"))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(format!(
-            "{words}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        )),
-    }
 }
 
 #[cfg(test)]

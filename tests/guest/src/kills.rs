@@ -98,6 +98,15 @@ pub const CONSOLE: Load = Load {
     begin: |_| Ok(Box::new(Lines)),
 };
 
+/// TCP streams of both sides, on a tap.
+pub const NET: Load = Load {
+    name: "net",
+    program: "anemone-net",
+    device: "net0",
+    idle_rings: usize::MAX,
+    begin: |place| Ok(Box::new(Streams::net(place)?)),
+};
+
 /// Streams of both sides, and short connections.
 pub const VSOCK: Load = Load {
     name: "vsock",

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -80,6 +81,32 @@ pub fn free_port() -> Result<u16> {
     address
         .map(|a| a.port())
         .map_err(|e| format!("a free port: {e}"))
+}
+
+/// Makes a tap whose other side this host is, with an address.
+pub fn make_tap(place: &Place, tap: &str, address: &str) -> Result<()> {
+    for words in [
+        format!("tunctl -t {tap}"),
+        format!("ip address add {address} dev {tap}"),
+        format!("ip link set {tap} up"),
+    ] {
+        busybox(place, &words)?;
+    }
+    Ok(())
+}
+
+fn busybox(place: &Place, words: &str) -> Result<()> {
+    let output = Command::new(place.clients.join("bin/busybox"))
+        .args(words.split(' '))
+        .output()
+        .map_err(|e| format!("busybox: {e}"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!(
+            "{words}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )),
+    }
 }
 
 /// Bytes that do not repeat.

@@ -248,6 +248,10 @@ pub const ALL: &[Scenario] = &[
         kills::run(place, &kills::RNG)
     })
     .only("soft"),
+    Scenario::new("kill-net", "the same for a network card", |place| {
+        kills::run(place, &kills::NET)
+    })
+    .only("soft"),
     Scenario::new("kill-vsock", "the same for sockets", |place| {
         kills::run(place, &kills::VSOCK)
     })

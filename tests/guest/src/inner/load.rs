@@ -4,12 +4,14 @@
 //!
 //! ```text
 //! vsock         streams to and from the host, long ones and many short ones
+//! net ADDRESS   streams to ADDRESS, and from the host
 //! pmem DEVICE   numbered pages, written and flushed
 //! memory        memory that is filled, read back, given up and taken again
 //! ```
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::ExitCode;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
     let words: Vec<_> = words.iter().map(String::as_str).collect();
     let rounds = match words[..] {
         ["vsock"] => vsock(),
+        ["net", address] => net(address),
         ["pmem", device] => pmem(device),
         ["memory"] => memory(),
         _ => Err(io::Error::other(format!("no load {words:?}"))),
@@ -63,14 +66,25 @@ fn stop() -> Arc<AtomicBool> {
 
 fn vsock() -> io::Result<u64> {
     let listener = Listener::bind(GUEST_PORT)?;
-    run_streams(|| Vsock::connect(HOST_PORT), move || listener.accept())
+    run_streams(
+        || Vsock::connect(HOST_PORT),
+        move || listener.accept(),
+        true,
+    )
 }
 
-/// Streams of both sides, long ones and many short ones, one after the other; the number of frames that
-/// have come.
+fn net(address: &str) -> io::Result<u64> {
+    let listener = TcpListener::bind(("0.0.0.0", GUEST_PORT as u16))?;
+    let accept = move || listener.accept().map(|(socket, _)| socket);
+    run_streams(|| TcpStream::connect(address), accept, false)
+}
+
+/// Streams of both sides; the number of frames that have come. With `short`, there are also many
+/// connections, one after the other.
 fn run_streams<S: Socket>(
     connect: impl Fn() -> io::Result<S>,
     accept: impl Fn() -> io::Result<S> + Send + 'static,
+    short: bool,
 ) -> io::Result<u64> {
     let control = Control {
         stop: stop(),
@@ -104,9 +118,11 @@ fn run_streams<S: Socket>(
     let mut number = LONG;
     while !control.stop.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_millis(20));
-        let at = |e| io::Error::other(format!("connection {number}: {e}"));
-        streams::begin(connect().map_err(at)?, number, SHORT, &control)?;
-        number += 1;
+        if short {
+            let at = |e| io::Error::other(format!("connection {number}: {e}"));
+            streams::begin(connect().map_err(at)?, number, SHORT, &control)?;
+            number += 1;
+        }
     }
     for stream in long {
         stream

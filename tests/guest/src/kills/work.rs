@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +12,13 @@ use std::time::{Duration, Instant};
 
 use anemone_guest_init::pages;
 use anemone_guest_init::place::Place;
-use anemone_guest_init::sockets;
+use anemone_guest_init::sockets::{self, GUEST_PORT};
 use anemone_guest_init::streams::{self, Control, Socket};
 
 use super::Work;
 use crate::balloon::{self, resident_mib};
+use crate::net::make_tap;
+use crate::sys;
 use crate::vm::{self, Result, Vm};
 
 /// A device that the guest verifies alone.
@@ -132,9 +135,22 @@ const FIRST: u64 = 1 << 40;
 /// Frames of a short stream.
 const SHORT: u64 = 8;
 
+/// Where the guest is.
+#[derive(Clone)]
+enum Peer {
+    /// Below this socket.
+    Vsock(PathBuf),
+    /// At this address.
+    Net(&'static str),
+}
+
+/// The host and the guest on their tap.
+const HOST: &str = "10.0.1.1";
+const GUEST: &str = "10.0.1.2";
+
 /// Streams of both sides.
 pub struct Streams {
-    path: PathBuf,
+    peer: Peer,
     options: (Vec<String>, String),
     control: Control,
     long: Vec<JoinHandle<io::Result<u64>>>,
@@ -149,19 +165,37 @@ impl Streams {
         let path = place.scratch("load.sock");
         let option = format!("socket={path},cid=77,id=vsock");
         let options = vec!["--vsock".into(), option];
-        let streams = Self {
-            path: PathBuf::from(&path),
-            options: (options, String::new()),
+        let streams = Self::new(Peer::Vsock(PathBuf::from(&path)), options, String::new());
+        let host = sockets::host_path(Path::new(&path));
+        let listener = UnixListener::bind(host).map_err(|e| format!("{path}: {e}"))?;
+        streams.answer(move || listener.accept().map(|(socket, _)| socket));
+        Ok(streams)
+    }
+
+    /// On a tap: what the host sends waits there while there is no process.
+    pub fn net(place: &Place) -> Result<Self> {
+        sys::leave_network().map_err(|e| format!("a network namespace: {e}"))?;
+        make_tap(place, "load", &format!("{HOST}/24"))?;
+        let fail = |e| format!("server: {e}");
+        let listener = TcpListener::bind((HOST, 0)).map_err(fail)?;
+        let port = listener.local_addr().map_err(fail)?.port();
+        let options = vec!["--net".into(), "tap=load,id=net0".into()];
+        let words = format!(" anemone.port={port} anemone.address={GUEST}/24,{HOST},{HOST}");
+        let streams = Self::new(Peer::Net(GUEST), options, words);
+        streams.answer(move || listener.accept().map(|(socket, _)| socket));
+        Ok(streams)
+    }
+
+    fn new(peer: Peer, options: Vec<String>, words: String) -> Self {
+        Self {
+            peer,
+            options: (options, words),
             control: Control::default(),
             long: Vec::new(),
             short: None,
             refused: Arc::default(),
             wrong: Arc::default(),
-        };
-        let host = sockets::host_path(Path::new(&path));
-        let listener = UnixListener::bind(host).map_err(|e| format!("{path}: {e}"))?;
-        streams.answer(move || listener.accept().map(|(socket, _)| socket));
-        Ok(streams)
+        }
     }
 
     /// Takes part in the guest's streams.
@@ -207,14 +241,24 @@ impl Work for Streams {
         let fail = |e| format!("to the guest: {e}");
         for number in FIRST..FIRST + LONG {
             let control = self.control.clone();
-            let socket = sockets::connect(&self.path).map_err(fail)?;
-            let work = move || streams::begin(socket, number, u64::MAX, &control);
-            self.long.push(thread::spawn(work));
+            self.long.push(match &self.peer {
+                Peer::Vsock(path) => {
+                    let socket = sockets::connect(path).map_err(fail)?;
+                    thread::spawn(move || streams::begin(socket, number, u64::MAX, &control))
+                }
+                Peer::Net(address) => {
+                    let socket = TcpStream::connect((*address, GUEST_PORT as u16)).map_err(fail)?;
+                    socket.set_read_timeout(Some(SILENCE)).map_err(fail)?;
+                    thread::spawn(move || streams::begin(socket, number, u64::MAX, &control))
+                }
+            });
         }
-        let (path, control) = (self.path.clone(), self.control.clone());
-        let refused = Arc::clone(&self.refused);
-        let work = move || connect_often(&path, &control, &refused);
-        self.short = Some(thread::spawn(work));
+        if let Peer::Vsock(path) = &self.peer {
+            let (path, control) = (path.clone(), self.control.clone());
+            let refused = Arc::clone(&self.refused);
+            let work = move || connect_often(&path, &control, &refused);
+            self.short = Some(thread::spawn(work));
+        }
         // They are under way.
         let end = Instant::now() + SILENCE;
         while self.control.frames.load(Ordering::Relaxed) < 100 {
