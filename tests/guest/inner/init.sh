@@ -65,6 +65,23 @@ step_copy() {
     say "copied $(sha256sum < /dev/vda | cut -c 1-64)"
 }
 
+# Requests as large as the disk lets its driver make them, from and to memory that lies together: the
+# first half of the disk goes to the second.
+step_large() {
+    queue=/sys/block/vda/queue
+    cat $queue/max_hw_sectors_kb > $queue/max_sectors_kb || fail "cannot ask for large requests"
+    echo always > /sys/kernel/mm/transparent_hugepage/enabled || fail "no large pages"
+    set -- $(cat /sys/block/vda/stat)
+    requests=$(($1 + $5))
+    sectors=$(($3 + $7))
+    dd if=/dev/vda of=/dev/vda bs=32M count=1 seek=1 iflag=direct oflag=direct conv=fsync 2>/dev/null ||
+        fail "cannot copy"
+    set -- $(cat /sys/block/vda/stat)
+    each=$((($3 + $7 - sectors) / ($1 + $5 - requests) / 2))
+    [ $each -gt 2048 ] || fail "the driver makes requests of $each KiB"
+    say "copied in requests of $each KiB"
+}
+
 step_readonly() {
     [ "$(cat /sys/block/vda/ro)" = 1 ] || fail "vda is not read-only"
     if dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null; then
@@ -606,7 +623,7 @@ for step in $(option steps | tr , ' '); do
         hold) say "holding"; while :; do sleep 1000; done ;;
         reboot) say "reboot now"; reboot -f ;;
         poweroff) say "done"; poweroff -f ;;
-        disk | irqs | copy | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | fs | fsro | load | pause | all | lease | static | iperf | iperfserve) "step_$step" ;;
+        disk | irqs | copy | large | readonly | fill | boots | rng | net | pull | retry | serve | button | shell | pmem | pmemro | pmemread | balloon | report | vsock | fs | fsro | load | pause | all | lease | static | iperf | iperfserve) "step_$step" ;;
         *) fail "unknown step $step" ;;
     esac
 done

@@ -124,7 +124,16 @@ pub fn balloon(place: &Place) -> Result<()> {
 
 /// What the guest does not use goes back by itself.
 pub fn free_page_reporting(place: &Place) -> Result<()> {
-    let arguments = ["--memory", "512M", "--balloon=reporting,memory=shared"];
+    report_to(place, "--balloon=reporting,memory=shared")
+}
+
+/// The same when the process never sees these pages.
+pub fn free_page_reporting_bounced(place: &Place) -> Result<()> {
+    report_to(place, "--balloon=reporting,memory=bounce")
+}
+
+fn report_to(place: &Place, balloon: &str) -> Result<()> {
+    let arguments = ["--memory", "512M", balloon];
     let mut vm = Vm::start(place, "report,poweroff", &arguments)?;
     vm.wait_for("guest: filled")?;
     let large = resident_mib(&vm)?;

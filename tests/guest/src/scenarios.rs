@@ -275,6 +275,18 @@ pub const ALL: &[Scenario] = &[
         foreign_disk,
     ),
     Scenario::new(
+        "bounce-large",
+        "the largest requests to a disk with memory=bounce",
+        bounce_large,
+    )
+    .only("soft"),
+    Scenario::new(
+        "bounce-reporting",
+        "free page reporting with memory=bounce",
+        balloon::free_page_reporting_bounced,
+    )
+    .only("soft"),
+    Scenario::new(
         "bounce-secret",
         "a hostile back end with memory=bounce never sees guest memory; with memory=shared it does",
         bounce_secret,
@@ -688,6 +700,22 @@ fn supervisor_dies(place: &Place) -> Result<()> {
     let (vm, _) = holding(place)?;
     vm.signal(libc::SIGKILL)?;
     vm::expect_nothing_left()
+}
+
+/// The guest makes the largest requests that its disk lets it make, of which one fills the room for them.
+fn bounce_large(place: &Place) -> Result<()> {
+    const HALF: usize = 32 << 20;
+    let image = place.scratch("large.img");
+    let content = vm::make_disk(place, &image, 2 * HALF as u64 / 512, 9)?;
+    let disk = format!("path={image},memory=bounce");
+    let mut vm = Vm::start(
+        place,
+        "large,poweroff",
+        &["--memory", "384M", "--disk", &disk],
+    )?;
+    vm.expect_exit(0)?;
+    vm.expect_said(&["guest: copied in requests of ", "guest: done"])?;
+    vm::expect_content(&image, &[&content[..HALF], &content[..HALF]].concat())
 }
 
 /// What is in the guest's memory, in its kernel command line, and nowhere near the entropy source.
