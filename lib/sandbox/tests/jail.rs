@@ -367,7 +367,13 @@ fn landlock_leaves_names_to_be_removed_and_programs_to_be_started() {
         (Access::Execute, false, true),
         (Access::Read, false, false),
     ] {
-        std::fs::copy("/proc/self/exe", &file).unwrap();
+        // By another process: a descriptor that is open for writing would go to the children of other tests, and
+        // the file could not be started meanwhile.
+        let copied = std::process::Command::new("cp")
+            .arg(std::env::current_exe().unwrap())
+            .arg(&file)
+            .status();
+        assert!(copied.unwrap().success());
         let outcome = run(User::Same, || {
             let object = std::fs::File::open(folder.path()).unwrap();
             let grant = Grant {
