@@ -11,6 +11,7 @@
 
 mod all;
 mod balloon;
+mod groups;
 mod iperf;
 mod kills;
 mod net;

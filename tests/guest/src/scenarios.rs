@@ -10,7 +10,7 @@ use anemone_guest_init::jail;
 use anemone_guest_init::place::Place;
 
 use crate::vm::{self, Result, Vm};
-use crate::{all, balloon, iperf, kills, net, probe, share, vsock};
+use crate::{all, balloon, groups, iperf, kills, net, probe, share, vsock};
 
 /// A scenario: its name, what it shows, and the function that runs it.
 pub struct Scenario {
@@ -220,6 +220,12 @@ pub const ALL: &[Scenario] = &[
         "SIGTERM is the power button, and the guest powers off",
         power_button,
     ),
+    Scenario::new(
+        "control-groups",
+        "processes in control groups with limits, also after a restart",
+        groups::limited,
+    )
+    .only("kvm"),
     Scenario::new(
         "jail",
         "every process of a running VM is in its jail",
