@@ -47,12 +47,14 @@ const DEVICES: &[(&str, bool)] = &[
     ("anemone-rng[rng]", false),
     ("anemone-vsock[vsock]", true),
 ];
+/// Shares whose policies are others, in the VM on the software CPU. Nobody mounts them.
+const SHARES: &[&str] = &["anemone-fs[read]", "anemone-fs[owner]"];
 const VMM: &str = "anemone-vmm";
 /// The attempts without a jail.
 const CONTROL: &str = "no jail";
 
-/// Policies of threads that these VMs have not.
-const ELSEWHERE: &[(&str, &str)] = &[(VMM, "vcpu")];
+/// Policies of threads that these VMs have not: they are KVM's.
+const ELSEWHERE: &[(&str, &str)] = &[(VMM, "vcpu"), (VMM, "cpuid")];
 
 /// What some hosts have nowhere: the attempt shows nothing there.
 const HOST_LACKS: &[i32] = &[libc::ENOENT, libc::ENOSYS, libc::EAFNOSUPPORT, libc::EPERM];
@@ -76,7 +78,8 @@ pub fn run(context: &Context, outcomes: &mut Vec<Outcome>) -> Result<()> {
     ));
     let played = trial
         .play(packages, product, &programs)
-        .and_then(|()| trial.software_cpu(product, &programs));
+        .and_then(|()| trial.software_cpu(product, &programs))
+        .and_then(|()| trial.question(product, &programs));
     let log = fs::read_to_string(&trial.log).unwrap_or_default();
     reports.extend(log.lines().filter_map(Report::parse));
     println!("{}", table(&reports, &log).text());
@@ -90,7 +93,8 @@ pub fn run(context: &Context, outcomes: &mut Vec<Outcome>) -> Result<()> {
         policies_tried(&reports),
     ));
     let devices = DEVICES.iter().map(|(role, shared)| (*role, Some(*shared)));
-    for (role, shared) in devices.chain([(VMM, None)]) {
+    let others = SHARES.iter().chain([&VMM]).map(|role| (*role, None));
+    for (role, shared) in devices.chain(others) {
         let own: Vec<_> = reports.iter().filter(|r| r.role == role).collect();
         outcomes.push(Outcome::of(
             &format!("compromised: {role} is refused everything"),
@@ -210,7 +214,13 @@ impl Trial {
 
     /// The threads that a VM on the software CPU has besides: they try when they start.
     fn software_cpu(&self, product: &Binaries, programs: &Binaries) -> Result<()> {
-        let mut child = sh::spawn(&mut self.command(product, programs, "soft")?)?;
+        let share = self.folder.join("share");
+        let mut command = self.command(product, programs, "soft")?;
+        for (id, more) in [("read", "readonly"), ("owner", "owner=guest")] {
+            let option = format!("path={},tag={id},id={id},{more}", share.display());
+            command.args(["--fs", &option]);
+        }
+        let mut child = sh::spawn(&mut command)?;
         let tried = |policy: &str| {
             let end = format!(
                 ": {policy}: {}: ",
@@ -219,10 +229,29 @@ impl Trial {
             fs::read_to_string(&self.log).is_ok_and(|log| log.contains(&end))
         };
         self.wait(&mut child, "its threads have tried", || {
-            ["vcpu-soft", "irqfd", "run"]
+            ["vcpu-soft", "irqfd", "run", "read", "owner"]
                 .iter()
                 .all(|policy| tried(policy))
         })
+    }
+
+    /// The VMM that tells what this host can do tries before it answers.
+    fn question(&self, product: &Binaries, programs: &Binaries) -> Result<()> {
+        let log = File::options().append(true).open(&self.log)?;
+        let mut command = product.command("anemone");
+        command
+            .env("ANEMONE_LIBEXEC", home(programs)?)
+            .arg("cpu-models")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let mut child = sh::spawn(&mut command)?;
+        let ended = sh::wait_limited(&mut child.0, PATIENCE)?;
+        ensure!(
+            ended.is_some_and(|status| status.success()),
+            "anemone cpu-models: {ended:?}"
+        );
+        Ok(())
     }
 
     fn wait(&self, child: &mut sh::Guarded, what: &str, done: impl Fn() -> bool) -> Result<()> {
@@ -547,7 +576,7 @@ fn reported(role: &str, own: &[&Report], log: &str) -> Result<()> {
         "{denied} denials, {lines} reports"
     );
     ensure!(
-        role == VMM || was_killed(role, log),
+        role == VMM || SHARES.contains(&role) || was_killed(role, log),
         "the supervisor does not tell that it was killed by SIGSYS: {}",
         FATAL.name
     );
