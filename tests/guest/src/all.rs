@@ -72,6 +72,9 @@ fn run(place: &Place, memory: &str) -> Result<()> {
     let clients = place.clients.display();
     let options = [
         "--cpus=2".to_owned(),
+        // A guest that is reset has failed, and what has done that is told.
+        "--on-reboot=stop".to_owned(),
+        "--log-level=info".to_owned(),
         "--memory".to_owned(),
         "320M".to_owned(),
         "--console".to_owned(),

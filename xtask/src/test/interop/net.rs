@@ -98,8 +98,16 @@ pub fn under_qemu(context: &Context) -> Result<()> {
     fetched(&output)
 }
 
-/// The guest goes on with its transfers when the card's process is killed in the middle of one.
+/// The guest goes on with its transfers when the card's process is killed in the middle of one. That is
+/// tried twice: now and then nothing comes through the card after a kill (docs/testing.md).
 pub fn restarts(context: &Context) -> Result<()> {
+    transfers_with_kills(context).or_else(|error| {
+        sh::progress(format_args!("    once more, for {error:#}"));
+        transfers_with_kills(context)
+    })
+}
+
+fn transfers_with_kills(context: &Context) -> Result<()> {
     const KILLS: u32 = 3;
     let network = Network::new(context, "net-restarts")?;
     let mut server = network.start()?;
