@@ -79,7 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let raw = bench::round_trip(Duration::from_millis(500))?;
     let options = Options {
         queues: 2,
-        memory: (4 << 20) + 2 * load.depth as u64 * u64::from(load.block + SHORT),
+        memory: (4 << 20) + 2 * load.depth as u64 * u64::from(load.block + 2 * SHORT),
         ..Options::default()
     };
     let mut device = Device::connect(UnixStream::connect(&load.socket)?, &options)?;
@@ -108,13 +108,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             room: Some(load.block),
         }
     };
+    let queue_size = device.queues[QUEUE].size();
+    let mut requests = Requests::new(&memory, queue_size, load.depth, load.block);
     let mut run = |seconds: f64| -> Result<u64, Box<dyn Error>> {
         let start = Instant::now();
         let time_left = || start.elapsed().as_secs_f64() < seconds;
         match load.kind {
             Kind::Read | Kind::Write => {
                 let queue = &mut device.queues[QUEUE];
-                let mut requests = Requests::new(&memory, queue.size(), load.depth, load.block);
                 let mut ended = 0;
                 let mut more = true;
                 loop {
